@@ -1,0 +1,1 @@
+"""The WKV6 recurrence and its gradients."""
