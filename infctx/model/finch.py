@@ -1,0 +1,105 @@
+"""The model: (tokens, state) -> (logits, state). It knows nothing of chunks, losses or training."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infctx.model.catalog import BLOCK_PARTS
+from infctx.model.config import FinchConfig
+from infctx.model.state import ModelState, state_dtype
+from infctx.shapes import Activations, LayerShift, LayerWkv, Logits, Starts, Tokens
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm that answers in its input's dtype, whatever its own and whatever autocast would make of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        normed = F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return normed.to(x.dtype)
+
+
+class Block(nn.Module):
+    """One layer: time mix and channel mix, each on a normalised copy of the residual stream."""
+
+    def __init__(self, config: FinchConfig, *, has_initial_state: bool) -> None:
+        super().__init__()
+        time_mix, channel_mix = BLOCK_PARTS[config.version]
+        self.time_mix_norm = LayerNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.time_mix = time_mix(config, has_initial_state=has_initial_state)
+        self.channel_mix_norm = LayerNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.channel_mix = channel_mix(config)
+
+    def forward(
+        self, x: Activations, wkv: LayerWkv, att_shift: LayerShift, ffn_shift: LayerShift, starts: Starts | None
+    ) -> tuple[Activations, LayerWkv, LayerShift, LayerShift]:
+        """Run one layer; returns the residual stream and the layer's three new states."""
+        mixed, att_shift, wkv = self.time_mix(self.time_mix_norm(x), att_shift, wkv, starts)
+        x = x + mixed
+        mixed, ffn_shift = self.channel_mix(self.channel_mix_norm(x), ffn_shift, starts)
+        return x + mixed, wkv, att_shift, ffn_shift
+
+
+class Finch(nn.Module):
+    """RWKV-6 "Finch", or RWKV-5.2 "Eagle" where the config says so."""
+
+    def __init__(self, config: FinchConfig, *, has_initial_state: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.input_norm = LayerNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.blocks = nn.ModuleList(Block(config, has_initial_state=has_initial_state) for _ in range(config.n_layer))
+        self.output_norm = LayerNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # The dtype of the activations where it is not that of the weights: bf16 training keeps some weights float32.
+        self.compute_dtype: torch.dtype | None = None
+
+    def forward(
+        self, tokens: Tokens, state: ModelState | None = None, *, starts: Starts | None = None
+    ) -> tuple[Logits, ModelState]:
+        """Next-token logits and the state after the last token.
+
+        Args:
+            tokens: int64 ids, T >= 1.
+            state: what an earlier call returned; None = fresh documents. Never changed.
+            starts: True at a document's first token, whose predecessors are forgotten.
+        Returns:
+            Logits in the model's dtype and a new state. Gradients flow through both.
+        """
+        hidden, state = self.forward_hidden(tokens, state, starts=starts)
+        return self.head(hidden), state
+
+    def forward_hidden(
+        self, tokens: Tokens, state: ModelState | None = None, *, starts: Starts | None = None
+    ) -> tuple[Activations, ModelState]:
+        """The same without the head: what the head would be applied to, so that a loss can do it in pieces."""
+        if state is None:
+            state = self.fresh_state(tokens.shape[0])
+        x = self.input_norm(self.embedding(tokens).to(self._activation_dtype()))
+        layers = []
+        for block, *layer_state in zip(self.blocks, *(tensor.unbind(0) for tensor in state), strict=True):
+            x, *layer_state = block(x, *layer_state, starts)
+            layers.append(layer_state)
+        new_state = ModelState(*(torch.stack(parts) for parts in zip(*layers, strict=True)))
+        return self.output_norm(x), new_state
+
+    def fresh_state(self, rows: int) -> ModelState:
+        """The state before a document's first token: zeros, or the tuned initial state (and then part of its graph)."""
+        weight = self.embedding.weight
+        dtype = state_dtype(self._activation_dtype())
+        zeros = ModelState.zeros(self.config, rows, dtype=dtype, device=weight.device)
+        initial = [block.time_mix.initial_state for block in self.blocks]
+        if initial[0] is None:
+            return zeros
+        wkv = torch.stack(initial).to(dtype)[:, None].expand_as(zeros.wkv)
+        return zeros._replace(wkv=wkv)
+
+    def use_backend(self, name: str | None) -> None:
+        """Run the recurrence on this WKV6 backend; None = the fastest that can run where the tensors are."""
+        for block in self.blocks:
+            block.time_mix.backend = name
+
+    def _activation_dtype(self) -> torch.dtype:
+        return self.compute_dtype or self.embedding.weight.dtype

@@ -1,0 +1,203 @@
+"""Official checkpoint key <-> our parameter name, as data; and what kind of model a set of keys is.
+
+The only place where official names appear. The order of the rows is the order in which official files are written: the
+reference runtime tells versions apart by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from infctx.errors import CheckpointError
+from infctx.model.config import FinchConfig
+
+PREFIXES = ("_forward_module.", "model.")
+
+_LAYER_NORMS = [("ln1", "time_mix_norm"), ("ln2", "channel_mix_norm")]
+_FINCH_TIME_MIX = [
+    ("time_maa_x", "lerp_input"),
+    ("time_maa_w", "lerp_decay"),
+    ("time_maa_k", "lerp_key"),
+    ("time_maa_v", "lerp_value"),
+    ("time_maa_r", "lerp_receptance"),
+    ("time_maa_g", "lerp_gate"),
+    ("time_maa_w1", "lerp_down"),
+    ("time_maa_w2", "lerp_up"),
+    ("time_decay", "decay_base"),
+    ("time_decay_w1", "decay_down"),
+    ("time_decay_w2", "decay_up"),
+    ("time_faaaa", "bonus"),
+]
+_EAGLE_TIME_MIX = [
+    ("time_mix_k", "mix_key"),
+    ("time_mix_v", "mix_value"),
+    ("time_mix_r", "mix_receptance"),
+    ("time_mix_g", "mix_gate"),
+    ("time_decay", "decay_base"),
+    ("time_faaaa", "bonus"),
+]
+_MATRICES = [
+    ("receptance.weight", "receptance.weight"),
+    ("key.weight", "key.weight"),
+    ("value.weight", "value.weight"),
+    ("output.weight", "output.weight"),
+    ("gate.weight", "gate.weight"),
+    ("ln_x.weight", "group_norm.weight"),
+    ("ln_x.bias", "group_norm.bias"),
+]
+_FINCH_CHANNEL_MIX = [("time_maa_k", "lerp_key"), ("time_maa_r", "lerp_receptance")]
+_EAGLE_CHANNEL_MIX = [("time_mix_k", "mix_key"), ("time_mix_r", "mix_receptance")]
+_CHANNEL_MATRICES = [(f"{name}.weight", f"{name}.weight") for name in ("key", "receptance", "value")]
+_PARTS = {
+    "6": (_FINCH_TIME_MIX, _FINCH_CHANNEL_MIX),
+    "5.2": (_EAGLE_TIME_MIX, _EAGLE_CHANNEL_MIX),
+}
+# In official files a vector of channels has two leading axes of length 1.
+_STORED_AS_1_1_C = ("time_maa_", "time_mix_", "time_decay")
+# Stored value axis before key axis; our states have the key axis first.
+_STORED_TRANSPOSED = "time_state"
+
+
+class KeyRow(NamedTuple):
+    """One tensor under both names."""
+
+    official: str
+    ours: str
+
+
+def key_rows(config: FinchConfig, *, has_initial_state: bool) -> Iterator[KeyRow]:
+    """Every tensor of a model, in official order."""
+    time_mix, channel_mix = _PARTS[config.version]
+    yield KeyRow("emb.weight", "embedding.weight")
+    for i in range(config.n_layer):
+        for official, ours in _LAYER_NORMS:
+            yield from _norm(f"blocks.{i}.{official}", f"blocks.{i}.{ours}")
+        if i == 0:
+            yield from _norm("blocks.0.ln0", "input_norm")
+        state = [("time_state", "initial_state")] if has_initial_state else []
+        for official, ours in [*time_mix, *state, *_MATRICES]:
+            yield KeyRow(f"blocks.{i}.att.{official}", f"blocks.{i}.time_mix.{ours}")
+        for official, ours in [*channel_mix, *_CHANNEL_MATRICES]:
+            yield KeyRow(f"blocks.{i}.ffn.{official}", f"blocks.{i}.channel_mix.{ours}")
+    yield from _norm("ln_out", "output_norm")
+    yield KeyRow("head.weight", "head.weight")
+
+
+def to_official(row: KeyRow, tensor: Tensor) -> Tensor:
+    """Our tensor in the shape official files give it."""
+    last = row.official.rsplit(".", 1)[-1]
+    if last == _STORED_TRANSPOSED:
+        return tensor.transpose(-1, -2)
+    if tensor.dim() == 1 and last.startswith(_STORED_AS_1_1_C):
+        return tensor[None, None]
+    return tensor
+
+
+def from_official(row: KeyRow, tensor: Tensor, shape: torch.Size, *, file: str) -> Tensor:
+    """An official tensor, squeezed ones included, in our shape."""
+    if row.official.endswith(_STORED_TRANSPOSED):
+        tensor = tensor.transpose(-1, -2) if tensor.dim() == 3 else tensor
+    squeezed = [n for n in tensor.shape if n != 1]
+    if squeezed != [n for n in shape if n != 1]:
+        raise CheckpointError(
+            f"{file}: tensor {row.official}: expected shape {list(shape)}, found {list(tensor.shape)}. "
+            "The sizes are taken from the other tensors; the file is damaged or of another architecture."
+        )
+    return tensor.reshape(shape)
+
+
+def strip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take away a prefix that some trainers leave on every key."""
+    for prefix in PREFIXES:
+        if tensors and all(key.startswith(prefix) for key in tensors):
+            return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    return dict(tensors)
+
+
+def read_config(tensors: Mapping[str, Tensor], *, file: str) -> FinchConfig:
+    """Version and every size, from keys and shapes.
+
+    Raises:
+        CheckpointError: another architecture, with its name; or a tensor that is missing or has an impossible shape.
+    """
+    version = _version(tensors, file=file)
+    emb = _get(tensors, "emb.weight", 2, file=file)
+    bonus = _get(tensors, "blocks.0.att.time_faaaa", 2, file=file)
+    layers = {int(key.split(".")[1]) for key in tensors if key.startswith("blocks.") and key.split(".")[1].isdigit()}
+    if layers != set(range(len(layers))):
+        missing = sorted(set(range(max(layers))) - layers)
+        raise CheckpointError(f"{file}: blocks {missing[:5]} are missing; the file is incomplete.")
+    lerp_rank = decay_rank = 0
+    if version == "6":
+        lerp_rank = _get(tensors, "blocks.0.att.time_maa_w2", 3, file=file).shape[1]
+        decay_rank = _get(tensors, "blocks.0.att.time_decay_w1", 2, file=file).shape[1]
+    return FinchConfig(
+        version=version,
+        n_layer=len(layers),
+        n_embd=emb.shape[1],
+        vocab_size=emb.shape[0],
+        head_size=bonus.shape[1],
+        n_head=bonus.shape[0],
+        dim_ffn=_get(tensors, "blocks.0.ffn.key.weight", 2, file=file).shape[0],
+        lerp_rank=lerp_rank,
+        decay_rank=decay_rank,
+    )
+
+
+def has_initial_state(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the file carries a tuned initial state."""
+    return "blocks.0.att.time_state" in tensors
+
+
+def _norm(official: str, ours: str) -> Iterator[KeyRow]:
+    yield KeyRow(f"{official}.weight", f"{ours}.weight")
+    yield KeyRow(f"{official}.bias", f"{ours}.bias")
+
+
+def _get(tensors: Mapping[str, Tensor], key: str, dims: int, *, file: str) -> Tensor:
+    if key not in tensors:
+        raise CheckpointError(f"{file}: tensor {key} is missing; the file is incomplete or of another architecture.")
+    if tensors[key].dim() != dims:
+        raise CheckpointError(f"{file}: tensor {key}: expected {dims} axes, found shape {list(tensors[key].shape)}.")
+    return tensors[key]
+
+
+def _version(tensors: Mapping[str, Tensor], *, file: str) -> str:
+    def refuse(what: str) -> CheckpointError:
+        return CheckpointError(f"{file}: this is {what}. infctx reads RWKV-6 (x060) and RWKV-5.2 (x052) models.")
+
+    keys = set(tensors)
+    if any(key.endswith(("att.k_k", "att.x_r")) for key in keys):
+        raise refuse("an RWKV-7 model")
+    if "w_kv_cache_a.weight" in keys:
+        raise refuse("a GoldFinch model")
+    if "blocks.0.att.query.weight" in keys:
+        raise refuse("a GPTAlpha or hybrid model")
+    if "blocks.0.att.time_maa_x" in keys:
+        experiments = {
+            "time_maa_v2": "a Finch-C2 model",
+            "time_value2_w1": "a Finch-C2 model",
+            "time_maa_rkvw_w1": "an x060b or x060c experiment",
+            "gate_w1": "an x060a experiment",
+        }
+        for suffix, what in experiments.items():
+            if f"blocks.0.att.{suffix}" in keys:
+                raise refuse(what)
+        return "6"
+    if "blocks.0.att.time_mix_k" in keys:
+        if "blocks.0.att.ln_x.weight" not in keys:
+            raise refuse("an RWKV-4 model")
+        if "blocks.0.att.gate.weight" not in keys:
+            raise refuse("an RWKV-5.0 model")
+        decay = tensors.get("blocks.0.att.time_decay")
+        if decay is not None and (decay.dim() < 2 or decay.shape[1] == 1):
+            raise refuse("an RWKV-5.1 model")
+        if "blocks.0.att.time_first" in keys:
+            raise refuse("an early RWKV-5 model (its bonus is stored as a logarithm)")
+        return "5.2"
+    found = ", ".join(sorted(keys)[:3]) or "no tensors"
+    raise CheckpointError(f"{file}: not an RWKV checkpoint: no blocks.0.att.* tensors. Found {found}, …")

@@ -1,0 +1,135 @@
+"""The attention half of a block: token shift, projections, the WKV6 recurrence, group norm, gate, output.
+
+Finch and Eagle share everything but how the inputs are mixed with the previous token and where the decay comes from.
+Source: Eagle and Finch paper, sections on Eagle and Finch time mixing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infctx.model.config import FinchConfig
+from infctx.model.token_shift import lerp, token_shift
+from infctx.shapes import Activations, LayerShift, LayerWkv, Starts
+from infctx_kernels import wkv6_from_raw_decay
+
+
+class MixedInputs(NamedTuple):
+    """What goes into each projection, all [B, T, C], and the raw decay [B, T, A] or [A] in the state's dtype."""
+
+    receptance: Tensor
+    key: Tensor
+    value: Tensor
+    gate: Tensor
+    raw_decay: Tensor
+
+
+class TimeMix(nn.Module):
+    """What Finch and Eagle share; `_mix` differs."""
+
+    def __init__(self, config: FinchConfig, *, has_initial_state: bool) -> None:
+        super().__init__()
+        channels, width = config.n_embd, config.dim_att
+        self.n_head, self.head_size = config.n_head, config.head_size
+        self.receptance = nn.Linear(channels, width, bias=False)
+        self.key = nn.Linear(channels, width, bias=False)
+        self.value = nn.Linear(channels, width, bias=False)
+        self.gate = nn.Linear(channels, width, bias=False)
+        self.output = nn.Linear(width, channels, bias=False)
+        self.group_norm = nn.GroupNorm(config.n_head, width, eps=config.group_norm_eps)
+        self.bonus = nn.Parameter(torch.empty(config.n_head, config.head_size))
+        initial_shape = (config.n_head, config.head_size, config.head_size)
+        self.initial_state = nn.Parameter(torch.zeros(initial_shape)) if has_initial_state else None
+        self.backend: str | None = None
+
+    def forward(
+        self, hidden: Activations, shift: LayerShift, wkv: LayerWkv, starts: Starts | None
+    ) -> tuple[Activations, LayerShift, LayerWkv]:
+        """Mix over time; hidden is the block's normalised input. Returns the output and the two new states."""
+        previous, new_shift = token_shift(hidden, shift, starts)
+        mixed = self._mix(hidden, previous, work=wkv.dtype)
+        rows, num_tokens, _ = hidden.shape
+        by_head = (rows, num_tokens, self.n_head, self.head_size)
+        output, new_wkv = wkv6_from_raw_decay(
+            self.receptance(mixed.receptance).view(by_head),
+            self.key(mixed.key).view(by_head),
+            self.value(mixed.value).view(by_head),
+            mixed.raw_decay.expand(rows, num_tokens, -1).view(by_head),
+            self.bonus,
+            wkv,
+            starts=starts,
+            start_state=self.initial_state,
+            backend=self.backend,
+        )
+        gate = F.silu(self.gate(mixed.gate))
+        return self.output(self._normalise(output, work=wkv.dtype).to(gate.dtype) * gate), new_shift, new_wkv
+
+    def _mix(self, hidden: Tensor, previous: Tensor, *, work: torch.dtype) -> MixedInputs:
+        raise AssertionError("FinchTimeMix or EagleTimeMix")
+
+    def _normalise(self, output: Tensor, *, work: torch.dtype) -> Tensor:
+        """Group norm per token and head; its statistics need float32 whatever the compute dtype."""
+        norm = self.group_norm
+        flat = output.reshape(-1, self.n_head * self.head_size).to(work)
+        normed = F.group_norm(flat, self.n_head, norm.weight.to(work), norm.bias.to(work), norm.eps)
+        return normed.view(*output.shape[:2], -1)
+
+
+class FinchTimeMix(TimeMix):
+    """RWKV-6: the mixes and the decay depend on the token through low-rank pairs."""
+
+    MIX_ORDER = ("decay", "key", "value", "receptance", "gate")
+
+    def __init__(self, config: FinchConfig, *, has_initial_state: bool) -> None:
+        super().__init__(config, has_initial_state=has_initial_state)
+        channels, width = config.n_embd, config.dim_att
+        self.lerp_input = nn.Parameter(torch.empty(channels))
+        self.lerp_decay = nn.Parameter(torch.empty(channels))
+        self.lerp_key = nn.Parameter(torch.empty(channels))
+        self.lerp_value = nn.Parameter(torch.empty(channels))
+        self.lerp_receptance = nn.Parameter(torch.empty(channels))
+        self.lerp_gate = nn.Parameter(torch.empty(channels))
+        # Used as x @ P, stored [in, out]; five groups of `lerp_rank` columns in MIX_ORDER.
+        self.lerp_down = nn.Parameter(torch.empty(channels, 5 * config.lerp_rank))
+        self.lerp_up = nn.Parameter(torch.empty(5, config.lerp_rank, channels))
+        self.decay_base = nn.Parameter(torch.empty(width))
+        self.decay_down = nn.Parameter(torch.empty(channels, config.decay_rank))
+        self.decay_up = nn.Parameter(torch.empty(config.decay_rank, width))
+
+    def _mix(self, hidden: Tensor, previous: Tensor, *, work: torch.dtype) -> MixedInputs:
+        rows, num_tokens, channels = hidden.shape
+        difference = previous - hidden
+        low = torch.tanh(lerp(hidden, difference, self.lerp_input) @ self.lerp_down.to(hidden.dtype))
+        low = low.view(rows * num_tokens, 5, -1).transpose(0, 1)  # [5, B·T, D]
+        dynamic = torch.bmm(low, self.lerp_up.to(low.dtype)).view(5, rows, num_tokens, channels)
+        inputs = {
+            name: hidden + difference * (getattr(self, f"lerp_{name}").to(hidden.dtype) + dynamic[i])
+            for i, name in enumerate(self.MIX_ORDER)
+        }
+        x = inputs.pop("decay")
+        low_decay = torch.tanh(x @ self.decay_down.to(x.dtype)) @ self.decay_up.to(x.dtype)
+        return MixedInputs(**inputs, raw_decay=self.decay_base.to(work) + low_decay.to(work))
+
+
+class EagleTimeMix(TimeMix):
+    """RWKV-5.2: fixed mixes, weighting the token itself and the previous one, and a fixed decay for each channel."""
+
+    def __init__(self, config: FinchConfig, *, has_initial_state: bool) -> None:
+        super().__init__(config, has_initial_state=has_initial_state)
+        channels = config.n_embd
+        self.mix_key = nn.Parameter(torch.empty(channels))
+        self.mix_value = nn.Parameter(torch.empty(channels))
+        self.mix_receptance = nn.Parameter(torch.empty(channels))
+        self.mix_gate = nn.Parameter(torch.empty(channels))
+        self.decay_base = nn.Parameter(torch.empty(config.n_head, config.head_size))
+
+    def _mix(self, hidden: Tensor, previous: Tensor, *, work: torch.dtype) -> MixedInputs:
+        mixed = {
+            name: lerp(previous, hidden - previous, getattr(self, f"mix_{name}"))
+            for name in ("receptance", "key", "value", "gate")
+        }
+        return MixedInputs(**mixed, raw_decay=self.decay_base.to(work).reshape(-1))

@@ -1,0 +1,54 @@
+"""Which implementation runs: one pure function decides, and says why another cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+
+import torch
+
+
+class BackendError(Exception):
+    """A backend that was asked for by name cannot run here."""
+
+
+class Backend(StrEnum):
+    """The implementations of the recurrence. A faster one for a device joins here, in RUNS_ON and in op.RUNNERS."""
+
+    TORCH = "torch"
+    REFERENCE = "reference"
+
+
+def _runs_anywhere(device: torch.device, head_size: int) -> str | None:
+    return None
+
+
+# For each backend: the reason why it cannot run on this device with this head size, or None.
+RUNS_ON: dict[Backend, Callable[[torch.device, int], str | None]] = {
+    Backend.TORCH: _runs_anywhere,
+    Backend.REFERENCE: _runs_anywhere,
+}
+FASTEST_FIRST = (Backend.TORCH, Backend.REFERENCE)
+
+
+def choose_backend(wanted: str | None, *, device: torch.device, head_size: int) -> Backend:
+    """Pick the fastest backend that can run here, or the wanted one.
+
+    Args:
+        wanted: a backend's name, or None for the fastest.
+        device: where the tensors are.
+        head_size: N, the width of one head.
+    Raises:
+        BackendError: the wanted backend does not exist or cannot run here; names the reason and the ones that can.
+    """
+    refusals = {backend: RUNS_ON[backend](device, head_size) for backend in FASTEST_FIRST}
+    usable = [backend for backend in FASTEST_FIRST if refusals[backend] is None]
+    if wanted is None:
+        return usable[0]
+    names = ", ".join(usable)
+    if wanted not in set(Backend):
+        raise BackendError(f"backend {wanted!r} does not exist. Usable on {device}: {names}.")
+    backend = Backend(wanted)
+    if refusals[backend] is not None:
+        raise BackendError(f"backend {wanted!r} cannot run on {device}: {refusals[backend]}. Usable here: {names}.")
+    return backend
