@@ -1,0 +1,154 @@
+"""What a step is for one rank, and what the two modes of reading (stream.py) share.
+
+A step has R = rows x accumulate x world rows, and what is in them does not depend on how they are divided: rank r owns
+the rows [r * rows * accumulate, (r + 1) * rows * accumulate), in groups of `rows`. Every rank works out all R rows
+(they are cheap) and hands out its own, so all ranks agree on the weight total and the number of chunks without talking.
+"""
+
+import functools
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from infctx.data.chunking import ChunkSequence, RowSlice, chunk_rows
+from infctx.data.document import Document
+from infctx.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StepData:
+    """What one rank computes in one step.
+
+    Attributes:
+        groups: `accumulate` groups of `rows` rows; group g has the same number of chunks on every rank, at least one.
+        weight_total: over all rows of all groups and ranks, in float64.
+        num_tokens: real tokens over all rows and ranks.
+        carries_state: True = each row continues from the state the previous step left; False = from a fresh one.
+    """
+
+    groups: tuple[ChunkSequence, ...]
+    weight_total: float
+    num_tokens: int
+    carries_state: bool
+
+
+class StepSource(ABC):
+    """The rows of a step, the permutations of the epochs, and the cursor. The arguments are those of its two modes."""
+
+    kind = ""
+    carries_state = False
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        *,
+        rows: int,
+        accumulate: int,
+        chunk_tokens: int,
+        seed: int,
+        epochs: int | None,
+        steps: int | None,
+        rank: int,
+        world: int,
+    ) -> None:
+        if (epochs is None) == (steps is None):
+            raise DataError(f"expected exactly one of run.steps and run.epochs, got steps={steps}, epochs={epochs}.")
+        if not documents:
+            raise DataError("expected at least one training document, got none.")
+        assert min(rows, accumulate, chunk_tokens, world) >= 1, "sizes start at 1"
+        assert 0 <= rank < world, f"rank {rank} of {world}"
+        self._documents = documents
+        self._lengths = np.array([len(document) for document in documents], dtype=np.int64)
+        self._rows, self._accumulate, self._world, self._rank = rows, accumulate, world, rank
+        self._num_rows = rows * accumulate * world
+        self._chunk_tokens = chunk_tokens
+        self._seed, self._epochs, self._steps = seed, epochs, steps
+        self._step = 0
+        # The next document: its epoch, and its place in that epoch's permutation.
+        self._epoch, self._position = 0, 0
+        self._order = self._permutation(0)
+
+    @abstractmethod
+    def next_step(self) -> StepData | None:
+        """Read the next step; None at the end."""
+
+    @abstractmethod
+    def _steps_of_epochs(self, epochs: int) -> int:
+        """Count the steps of a run of so many epochs from the documents' lengths alone."""
+
+    @property
+    @abstractmethod
+    def epoch(self) -> float:
+        """Epochs read so far."""
+
+    @functools.cached_property
+    def total_steps(self) -> int:
+        """The number of steps of the whole run."""
+        if self._epochs is None:
+            assert self._steps is not None
+            return self._steps
+        return self._steps_of_epochs(self._epochs)
+
+    def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
+        generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
+        return generator.permutation(len(self._documents))
+
+    def _has_documents(self) -> bool:
+        """Step into the next epoch where this one is used up; False when there is none."""
+        if self._position == len(self._documents):
+            self._epoch, self._position = self._epoch + 1, 0
+            self._order = self._permutation(self._epoch)
+        return self._epochs is None or self._epoch < self._epochs
+
+    def _step_data(self, slices: Sequence[RowSlice]) -> StepData:
+        self._step += 1
+        groups = []
+        for group in range(self._accumulate):
+            firsts = [(rank * self._accumulate + group) * self._rows for rank in range(self._world)]
+            longest = max(len(row) for first in firsts for row in slices[first : first + self._rows])
+            mine = slices[firsts[self._rank] : firsts[self._rank] + self._rows]
+            # One token of padding where no rank has anything left: a group without a chunk would be a special case.
+            groups.append(chunk_rows(mine, chunk_tokens=self._chunk_tokens, min_tokens=max(longest, 1)))
+        return StepData(
+            groups=tuple(groups),
+            weight_total=sum(row.weight_total for row in slices),
+            num_tokens=sum(len(row) for row in slices),
+            carries_state=self.carries_state,
+        )
+
+    def _identity(self) -> dict[str, object]:
+        """What has to be the same for a cursor to mean the same place."""
+        return {
+            "mode": self.kind,
+            "documents": len(self._documents),
+            "lengths_crc32": zlib.crc32(self._lengths.tobytes()),
+            "rows": self._num_rows,
+            "seed": self._seed,
+        }
+
+    def cursor(self) -> dict[str, object]:
+        """Give the place of the next step as JSON values."""
+        return {**self._identity(), "step": self._step, "epoch": self._epoch, "position": self._position}
+
+    def restore(self, cursor: Mapping[str, Any]) -> None:
+        """Continue from a cursor of the same documents, rows and seed; the number of ranks may differ.
+
+        Raises: DataError naming what has changed.
+        """
+        changed = [
+            f"{key} (then {cursor.get(key)}, now {now})"
+            for key, now in self._identity().items()
+            if cursor.get(key) != now
+        ]
+        if changed:
+            raise DataError(
+                f"The checkpoint's place in the data does not fit this run: {', '.join(changed)}. Continue with the "
+                "same data and settings, or start anew."
+            )
+        self._step, self._epoch, self._position = cursor["step"], cursor["epoch"], cursor["position"]
+        self._order = self._permutation(self._epoch)

@@ -1,0 +1,210 @@
+"""Which tokens each step reads, in the two modes, and where reading resumes."""
+
+import heapq
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from infctx.data.chunking import RowSlice, join_pieces
+from infctx.data.document import Document
+from infctx.data.step_source import StepData, StepSource
+
+__all__ = ["DocumentSource", "StepData", "StreamSource"]
+
+
+class StreamSource(StepSource):
+    """Rows that run documents back to back, step after step; each document goes to the row dealt the fewest tokens.
+
+    Args:
+        rows, accumulate, rank, world: how the rows of a step are divided.
+        chunk_tokens, window: a step is the next `window` chunks of `chunk_tokens` tokens of every row.
+        epochs, steps: the end, exactly one. With epochs, rows that run out first are padded and nothing is dropped.
+    """
+
+    kind = "stream"
+    carries_state = True
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        *,
+        rows: int,
+        accumulate: int,
+        chunk_tokens: int,
+        window: int,
+        seed: int,
+        epochs: int | None = None,
+        steps: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        super().__init__(
+            documents,
+            rows=rows,
+            accumulate=accumulate,
+            chunk_tokens=chunk_tokens,
+            seed=seed,
+            epochs=epochs,
+            steps=steps,
+            rank=rank,
+            world=world,
+        )
+        assert window >= 1, f"window={window}"
+        self._step_tokens = window * chunk_tokens
+        # A heap of (tokens dealt so far, row): the least is the next to be dealt to, the lowest row on a tie.
+        self._dealt = [(0, row) for row in range(self._num_rows)]
+        # Of each row, the documents dealt and not yet read to their end: index, and the token to read next.
+        self._pending: list[list[tuple[int, int]]] = [[] for _ in range(self._num_rows)]
+
+    def next_step(self) -> StepData | None:
+        """Read the next step; None at the end."""
+        if self._step == self._steps:
+            return None
+        self._deal()
+        if not any(self._pending):
+            return None
+        return self._step_data([self._read(row) for row in range(self._num_rows)])
+
+    def _deal(self) -> None:
+        """Deal until every row can fill the step and see one token beyond."""
+        # Every row has read the same number of tokens as long as there are documents, so the row that was dealt the
+        # fewest is also the one with the fewest left.
+        enough = (self._step + 1) * self._step_tokens + 1
+        while self._dealt[0][0] < enough and self._has_documents():
+            index = int(self._order[self._position])
+            self._position += 1
+            dealt, row = self._dealt[0]
+            heapq.heapreplace(self._dealt, (dealt + int(self._lengths[index]), row))
+            self._pending[row].append((index, 0))
+
+    def _read(self, row: int) -> RowSlice:
+        pending = self._pending[row]
+        pieces = ((self._documents[index], begin) for index, begin in pending)
+        result = join_pieces(pieces, num_tokens=self._step_tokens)
+        num_left = len(result)
+        while num_left:
+            index, begin = pending[0]
+            num_read = min(num_left, int(self._lengths[index]) - begin)
+            num_left -= num_read
+            if begin + num_read == self._lengths[index]:
+                del pending[0]
+            else:
+                pending[0] = (index, begin + num_read)
+        return result
+
+    def _identity(self) -> dict[str, object]:
+        # The tokens read so far are step * step_tokens, so a step may not change its size on the way.
+        return {**super()._identity(), "step_tokens": self._step_tokens}
+
+    def _steps_of_epochs(self, epochs: int) -> int:
+        dealt = [0] * self._num_rows
+        for epoch in range(epochs):
+            for length in self._lengths[self._permutation(epoch)].tolist():
+                # Only the multiset of sums matters here, so the rows need no numbers.
+                heapq.heapreplace(dealt, dealt[0] + length)
+        return -(-max(dealt) // self._step_tokens)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs read so far."""
+        read = sum(min(dealt, self._step * self._step_tokens) for dealt, _ in self._dealt)
+        return read / int(self._lengths.sum())
+
+    def cursor(self) -> dict[str, object]:
+        """Give the place of the next step as JSON values."""
+        dealt = [tokens for _, tokens in sorted((row, tokens) for tokens, row in self._dealt)]
+        pending = [[list(piece) for piece in row] for row in self._pending]
+        return {**super().cursor(), "dealt": dealt, "pending": pending}
+
+    def restore(self, cursor: Mapping[str, Any]) -> None:
+        """Continue from a cursor of the same documents, rows and seed; the number of ranks may differ."""
+        super().restore(cursor)
+        self._dealt = [(tokens, row) for row, tokens in enumerate(cursor["dealt"])]
+        heapq.heapify(self._dealt)
+        self._pending = [[(index, begin) for index, begin in row] for row in cursor["pending"]]
+
+
+class DocumentSource(StepSource):
+    """Rows that are one whole document each, from a fresh state.
+
+    Args:
+        rows, accumulate, rank, world: how the rows of a step are divided.
+        epochs, steps: the end, exactly one. The next epoch's documents fill up the last rows of the one before.
+        pack_tokens: put consecutive documents into one row while their sum is at most this; None = one a row.
+    """
+
+    kind = "document"
+    carries_state = False
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        *,
+        rows: int,
+        accumulate: int,
+        chunk_tokens: int,
+        seed: int,
+        epochs: int | None = None,
+        steps: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        pack_tokens: int | None = None,
+    ) -> None:
+        super().__init__(
+            documents,
+            rows=rows,
+            accumulate=accumulate,
+            chunk_tokens=chunk_tokens,
+            seed=seed,
+            epochs=epochs,
+            steps=steps,
+            rank=rank,
+            world=world,
+        )
+        self._pack_tokens = pack_tokens
+
+    def next_step(self) -> StepData | None:
+        """Read the next step; None at the end."""
+        if self._step == self._steps:
+            return None
+        slices = [self._next_row() for _ in range(self._num_rows)]
+        return self._step_data(slices) if any(len(row) for row in slices) else None
+
+    def _next_row(self) -> RowSlice:
+        if not self._has_documents():
+            return join_pieces([], num_tokens=0)
+        end = self._entry_end(self._order, self._position)
+        documents = [self._documents[index] for index in self._order[self._position : end].tolist()]
+        self._position = end
+        return join_pieces([(document, 0) for document in documents], num_tokens=sum(map(len, documents)))
+
+    def _entry_end(self, order: npt.NDArray[np.int64], begin: int) -> int:
+        """Where the entry that begins at this place of the permutation ends; entries do not cross epochs."""
+        end = begin + 1
+        if self._pack_tokens is None:
+            return end
+        total = int(self._lengths[order[begin]])
+        while end < len(order) and total + int(self._lengths[order[end]]) <= self._pack_tokens:
+            total += int(self._lengths[order[end]])
+            end += 1
+        return end
+
+    def _steps_of_epochs(self, epochs: int) -> int:
+        return -(-sum(self._num_entries(epoch) for epoch in range(epochs)) // self._num_rows)
+
+    def _num_entries(self, epoch: int) -> int:
+        if self._pack_tokens is None:
+            return len(self._documents)
+        order = self._permutation(epoch)
+        num_entries = place = 0
+        while place < len(order):
+            place = self._entry_end(order, place)
+            num_entries += 1
+        return num_entries
+
+    @property
+    def epoch(self) -> float:
+        """Epochs read so far."""
+        return self._epoch + self._position / len(self._documents)

@@ -1,0 +1,195 @@
+"""Text to token ids and back, for the two vocabularies that need no extra file: World and bytes.
+
+Encoding World text is done by pyrwkv-tokenizer. Decoding is ours, from the vocabulary file of the same package: the
+package cannot decode a token that is half a character, which both display and byte offsets need.
+"""
+
+import ast
+import codecs
+import functools
+import importlib.resources
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyrwkv_tokenizer
+
+from infctx.errors import DataError
+
+END_OF_TEXT = 0
+"""The id that closes a document in every vocabulary here; it has no bytes."""
+
+TokenIds = npt.NDArray[np.integer[Any]]
+
+_WORLD_VOCABULARY_FILE = "rwkv_vocab_v20230424.txt"
+
+
+class Tokenizer(Protocol):
+    """What the rest of the program may ask of a tokenizer."""
+
+    name: str
+    vocab_size: int
+
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        """Give the ids of a text, without end of text. Raises DataError for text that UTF-8 cannot hold."""
+        ...
+
+    def byte_lengths(self, ids: TokenIds | Sequence[int]) -> npt.NDArray[np.int64]:
+        """Give the number of bytes of each id (end of text: 0). Raises DataError for an id outside the vocabulary."""
+        ...
+
+    def decode_bytes(self, ids: TokenIds | Sequence[int]) -> bytes:
+        """Join the bytes of the ids. Raises DataError for an id outside the vocabulary."""
+        ...
+
+    def decode(self, ids: TokenIds | Sequence[int]) -> str:
+        """Decode for display: bytes that are not UTF-8 become U+FFFD."""
+        ...
+
+
+def encode_utf8(text: str) -> bytes:
+    """Encode as UTF-8. Raises DataError for a lone surrogate, which JSON's "\\ud800" can smuggle into a string."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _surrogate_error(error) from None
+
+
+def _surrogate_error(error: UnicodeEncodeError) -> DataError:
+    return DataError(
+        f"expected text, got the lone surrogate U+{ord(error.object[error.start]):04X} at character {error.start}, "
+        "which UTF-8 cannot hold"
+    )
+
+
+def _checked_ids(ids: TokenIds | Sequence[int], tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
+    array = np.asarray(ids, dtype=np.int64)
+    outside = (array < 0) | (array >= tokenizer.vocab_size)
+    if outside.any():
+        raise DataError(
+            f"token id {int(array[outside][0])}: expected 0..{tokenizer.vocab_size - 1} for the tokenizer "
+            f"{tokenizer.name!r}. Use the tokenizer that made these ids (data.tokenizer)."
+        )
+    return array
+
+
+@functools.cache
+def _world_tokens() -> tuple[bytes, ...]:
+    """The bytes of every World id; id 0 has none."""
+    text = importlib.resources.files(pyrwkv_tokenizer).joinpath(_WORLD_VOCABULARY_FILE).read_text(encoding="utf-8")
+    tokens = [b""]
+    # Not splitlines(), which would also cut at characters that a token may hold.
+    for line in text.rstrip("\n").split("\n"):
+        number, rest = line.split(" ", 1)
+        literal, num_bytes = rest.rsplit(" ", 1)
+        value = ast.literal_eval(literal)
+        token = value.encode("utf-8") if isinstance(value, str) else value
+        assert int(number) == len(tokens), f"{_WORLD_VOCABULARY_FILE}: expected id {len(tokens)}, got {number}"
+        assert int(num_bytes) == len(token), f"{_WORLD_VOCABULARY_FILE}: id {number} has {len(token)} bytes"
+        tokens.append(token)
+    return tuple(tokens)
+
+
+@functools.cache
+def _world_byte_lengths() -> npt.NDArray[np.int64]:
+    return np.array([len(token) for token in _world_tokens()], dtype=np.int64)
+
+
+# Cached here rather than on the instance: the Rust object cannot be pickled, a WorldTokenizer can.
+@functools.cache
+def _world_encoder() -> Callable[[str], list[int]]:
+    encode: Callable[[str], list[int]] = pyrwkv_tokenizer.RWKVTokenizer().encode
+    return encode
+
+
+class WorldTokenizer:
+    """The 65 529 tokens of the World models; ids 65530..65535 of their embedding are padding rows."""
+
+    name = "world"
+    vocab_size = 65530
+
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        """Give the ids of a text: at each byte the longest token of the vocabulary."""
+        try:
+            return np.array(_world_encoder()(text), dtype=np.int32)
+        except UnicodeEncodeError as error:
+            raise _surrogate_error(error) from None
+
+    def byte_lengths(self, ids: TokenIds | Sequence[int]) -> npt.NDArray[np.int64]:
+        """Give the number of bytes of each id."""
+        return _world_byte_lengths()[_checked_ids(ids, self)]
+
+    def decode_bytes(self, ids: TokenIds | Sequence[int]) -> bytes:
+        """Join the bytes of the ids."""
+        tokens = _world_tokens()
+        return b"".join(tokens[token_id] for token_id in _checked_ids(ids, self).tolist())
+
+    def decode(self, ids: TokenIds | Sequence[int]) -> str:
+        """Decode for display."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+class BytesTokenizer:
+    """One token a byte: id = byte + 1."""
+
+    name = "bytes"
+    vocab_size = 257
+
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        """Give the ids of the text's UTF-8 bytes."""
+        return np.frombuffer(encode_utf8(text), dtype=np.uint8).astype(np.int32) + 1
+
+    def byte_lengths(self, ids: TokenIds | Sequence[int]) -> npt.NDArray[np.int64]:
+        """Give 1 for every id but end of text."""
+        has_byte: npt.NDArray[np.bool_] = _checked_ids(ids, self) != END_OF_TEXT
+        return has_byte.astype(np.int64)
+
+    def decode_bytes(self, ids: TokenIds | Sequence[int]) -> bytes:
+        """Join the bytes of the ids."""
+        array = _checked_ids(ids, self)
+        values: npt.NDArray[np.int64] = array[array != END_OF_TEXT] - 1
+        return values.astype(np.uint8).tobytes()
+
+    def decode(self, ids: TokenIds | Sequence[int]) -> str:
+        """Decode for display."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+class StreamDecoder:
+    """Decode ids one at a time, showing a character only when all its bytes have come."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """Give the text that this id completes; may be empty."""
+        return self._decoder.decode(self._tokenizer.decode_bytes([token_id]))
+
+    def flush(self) -> str:
+        """Give what is held back (U+FFFD for an unfinished character) and start anew."""
+        return self._decoder.decode(b"", final=True)
+
+
+TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {"world": WorldTokenizer, "bytes": BytesTokenizer}
+
+_TOKENIZER_OF_VOCAB_SIZE = {65536: "world", 257: "bytes"}
+
+
+def tokenizer_by_name(name: str) -> Tokenizer:
+    """Make the tokenizer that `data.tokenizer` names. Raises DataError for an unknown name."""
+    if name not in TOKENIZERS:
+        raise DataError(f"data.tokenizer={name}: expected one of {', '.join(TOKENIZERS)}.")
+    return TOKENIZERS[name]()
+
+
+def tokenizer_for_vocab(vocab_size: int) -> str:
+    """Name the tokenizer of a model that does not say its own. Raises DataError where the size does not tell."""
+    if vocab_size not in _TOKENIZER_OF_VOCAB_SIZE:
+        known = ", ".join(f"{size} = {name}" for size, name in _TOKENIZER_OF_VOCAB_SIZE.items())
+        raise DataError(
+            f"data.tokenizer=auto: the model does not name its tokenizer and its vocabulary size {vocab_size} does not "
+            f"tell it (known: {known}). Set data.tokenizer to one of {', '.join(TOKENIZERS)}."
+        )
+    return _TOKENIZER_OF_VOCAB_SIZE[vocab_size]

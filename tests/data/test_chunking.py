@@ -1,0 +1,115 @@
+"""Rows to chunks: targets across borders, padding that counts for nothing, starts only where there are any."""
+
+import numpy as np
+import pytest
+import torch
+
+from infctx.data.chunking import ChunkSequence, RowSlice, chunk_rows, join_pieces, validation_batches
+from infctx.data.document import Document
+
+
+def document_of(tokens: list[int], weights: list[float] | None = None) -> Document:
+    chosen = [0.0] + [1.0] * (len(tokens) - 1) if weights is None else weights
+    return Document(
+        tokens=np.array(tokens, dtype=np.uint16), weights=np.array(chosen, dtype=np.float32), origin=f"of {tokens}"
+    )
+
+
+def whole(*documents: Document) -> RowSlice:
+    return join_pieces([(document, 0) for document in documents], num_tokens=sum(map(len, documents)))
+
+
+def joined(sequence: ChunkSequence, name: str) -> list[list[float]]:
+    parts = []
+    for chunk in sequence.chunks:
+        part = getattr(chunk, name)
+        parts.append(torch.zeros_like(chunk.tokens, dtype=torch.bool) if part is None else part)
+    rows: list[list[float]] = torch.cat(parts, dim=1).tolist()
+    return rows
+
+
+def test_join_pieces_reads_targets_off_the_next_token() -> None:
+    row = whole(document_of([5, 6, 7], [0, 0.5, 2]), document_of([8]), document_of([9, 10]))
+    assert row.tokens.tolist() == [5, 6, 7, 8, 9, 10]
+    assert row.targets.tolist() == [6, 7, 8, 9, 10, 0]
+    # A document's first token is nobody's target, though it is the next token.
+    assert row.weights.tolist() == [0.5, 2, 0, 0, 1, 0]
+    assert row.starts.tolist() == [True, False, False, True, True, False]
+    assert (row.tokens.dtype, row.targets.dtype) == (np.int64, np.int64)
+    assert (row.weights.dtype, row.starts.dtype) == (np.float32, np.bool_)
+    assert row.weight_total == 3.5
+
+
+def test_join_pieces_reads_one_token_ahead() -> None:
+    document = document_of([5, 6, 7, 8])
+    row = join_pieces([(document, 1)], num_tokens=2)
+    assert (row.tokens.tolist(), row.targets.tolist(), row.weights.tolist()) == ([6, 7], [7, 8], [1, 1])
+    assert row.starts.tolist() == [False, False]
+    # The token ahead may be the first of another document, and then it has no weight.
+    row = join_pieces([(document, 2), (document, 0)], num_tokens=2)
+    assert (row.tokens.tolist(), row.targets.tolist(), row.weights.tolist()) == ([7, 8], [8, 5], [1, 0])
+    assert row.starts.tolist() == [False, False]
+    assert len(join_pieces([], num_tokens=3)) == 0
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 3, 4, 7, 8, 100])
+def test_chunks_cut_what_was_there(chunk_tokens: int) -> None:
+    rows = [whole(document_of(list(range(1, 8)))), whole(document_of([11, 12, 13]), document_of([14]))]
+    sequence = chunk_rows(rows, chunk_tokens=chunk_tokens)
+    assert [chunk.tokens.shape[1] for chunk in sequence.chunks] == [
+        min(chunk_tokens, 7 - begin) for begin in range(0, 7, chunk_tokens)
+    ]
+    assert [chunk.index for chunk in sequence.chunks] == list(range(len(sequence.chunks)))
+    assert joined(sequence, "tokens") == [[1, 2, 3, 4, 5, 6, 7], [11, 12, 13, 14, 0, 0, 0]]
+    assert joined(sequence, "targets") == [[2, 3, 4, 5, 6, 7, 0], [12, 13, 14, 0, 0, 0, 0]]
+    assert joined(sequence, "loss_weight") == [[1, 1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0]]
+    assert joined(sequence, "starts") == [[1, 0, 0, 0, 0, 0, 0], [1, 0, 0, 1, 0, 0, 0]]
+    assert sequence.num_tokens == 11
+    assert sequence.weight_total == 8
+    for chunk in sequence.chunks:
+        assert (chunk.tokens.dtype, chunk.targets.dtype) == (torch.int64, torch.int64)
+        assert chunk.loss_weight.dtype == torch.float32
+        assert all(tensor.is_contiguous() for tensor in (chunk.tokens, chunk.targets, chunk.loss_weight))
+        assert chunk.has_loss == bool(chunk.loss_weight.any())
+        # starts is None exactly where no document starts.
+        assert chunk.starts is None or bool(chunk.starts.any())
+
+
+def test_starts_and_has_loss_are_decided_for_each_chunk() -> None:
+    row = whole(document_of([1, 2, 3, 4, 5, 6], [0, 0, 0, 1, 0, 0]), document_of([7, 8], [0, 0]))
+    sequence = chunk_rows([row], chunk_tokens=2)
+    assert [chunk.starts is None for chunk in sequence.chunks] == [False, True, True, False]
+    assert [chunk.has_loss for chunk in sequence.chunks] == [False, True, False, False]
+
+
+def test_min_tokens_pads_without_counting() -> None:
+    row = whole(document_of([1, 2, 3]))
+    plain, padded = chunk_rows([row], chunk_tokens=2), chunk_rows([row], chunk_tokens=2, min_tokens=7)
+    assert [chunk.tokens.shape for chunk in padded.chunks] == [(1, 2), (1, 2), (1, 2), (1, 1)]
+    assert joined(padded, "tokens") == [[1, 2, 3, 0, 0, 0, 0]]
+    assert (padded.num_tokens, padded.weight_total) == (plain.num_tokens, plain.weight_total) == (3, 2.0)
+    assert chunk_rows([row], chunk_tokens=2, min_tokens=1).chunks[-1].tokens.shape == (1, 1)
+    empty = chunk_rows([join_pieces([], num_tokens=0)], chunk_tokens=2, min_tokens=1)
+    assert (len(empty.chunks), empty.num_tokens, empty.weight_total) == (1, 0, 0.0)
+    assert empty.chunks[0].starts is None
+
+
+def test_weight_total_is_summed_in_float64() -> None:
+    # In float32 a thousandth added to 2^24 is lost.
+    row = whole(document_of([1, 2, 3], [0, 2.0**24, 0.001]))
+    assert chunk_rows([row, row], chunk_tokens=1).weight_total == 2 * (2.0**24 + float(np.float32(0.001)))
+
+
+def test_validation_reads_every_document_whole_and_shortest_first() -> None:
+    lengths = [5, 1, 9, 3, 3]
+    documents = [document_of([10 * place + n for n in range(1, length + 1)]) for place, length in enumerate(lengths)]
+    batches = list(validation_batches(documents, rows=2, chunk_tokens=4))
+    assert [joined(batch, "tokens") for batch in batches] == [
+        [[11, 0, 0], [31, 32, 33]],
+        [[41, 42, 43, 0, 0], [1, 2, 3, 4, 5]],
+        [[21, 22, 23, 24, 25, 26, 27, 28, 29]],
+    ]
+    assert [batch.num_tokens for batch in batches] == [4, 8, 9]
+    assert [batch.weight_total for batch in batches] == [2, 6, 8]
+    for batch in batches:
+        assert all(row == [1] + [0] * (len(row) - 1) for row in joined(batch, "starts"))
