@@ -1,0 +1,131 @@
+"""Read and write .safetensors files.
+
+Reading is the safetensors library's, after the header has been checked for messages a person can use. Writing is ours:
+the library's does not name a full disk as such, copies each tensor, and orders the metadata at random.
+Source of the format: the README of huggingface/safetensors.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from infctx.checkpoint.atomic import write_file_atomically
+from infctx.errors import CheckpointError
+
+MAX_HEADER_BYTES = 32 << 20
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read one file; the tensors are mapped from it, and changing one never changes the file.
+
+    Returns: tensors by name, metadata.
+    Raises: CheckpointError naming the file.
+    """
+    _check_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
+            return tensors, dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: damaged: {str(error)[:300]}. Fetch or write the file again.") from error
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors and metadata, atomically; the same input gives the same bytes.
+
+    Args: tensors: on any device and with any strides; those that share memory are written each by itself.
+    Raises: OSError if the disk is full or fails; an existing `path` is untouched then.
+    """
+    # Wide elements first, so that every tensor starts at a multiple of its element size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPE_NAMES or tensor.layout != torch.strided or name == "__metadata__":
+            raise CheckpointError(
+                f"{path}: cannot hold tensor {name!r} ({tensor.dtype}, {tensor.layout}); expected a dense tensor of "
+                f"one of {', '.join(_DTYPE_NAMES.values())}, not called __metadata__. Convert or rename it."
+            )
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(unfinished: Path) -> None:
+        with unfinished.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                if tensors[name].numel():
+                    flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+                    file.write(flat.view(torch.uint8).numpy().data)
+
+    write_file_atomically(path, write)
+
+
+def _check_header(path: Path) -> None:
+    """Catch what the library accepts or reports without a reason: cut-off files, huge headers, names given twice."""
+    try:
+        found_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if found_bytes < 8 or header_bytes > found_bytes - 8:
+                raise CheckpointError(
+                    f"{path}: truncated or not a .safetensors file: expected {8 + header_bytes} bytes of header, the "
+                    f"file has {found_bytes}. Fetch the file again."
+                )
+            if header_bytes > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{path}: refused: a header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are read. "
+                    "No model file needs more."
+                )
+            header = json.loads(file.read(header_bytes).decode("utf-8"), object_pairs_hook=_refuse_duplicates)
+        if not isinstance(header, dict):
+            raise ValueError("it is not a table")
+        ends = [row["data_offsets"][1] for name, row in header.items() if name != "__metadata__"]
+        expected_bytes = 8 + header_bytes + int(max(ends, default=0))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}. Check the path.") from error
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: damaged or not a .safetensors file: its header cannot be read ({str(error)[:160]!r}). "
+            "Fetch the file again."
+        ) from error
+    if expected_bytes != found_bytes:
+        raise CheckpointError(
+            f"{path}: truncated or damaged: expected {expected_bytes} bytes, found {found_bytes}. Fetch the file again."
+        )
+
+
+def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name is given twice")
+    return table
