@@ -1,0 +1,287 @@
+"""What a recipe may say: one frozen pydantic model a section, every key described with its unit.
+
+This file knows neither torch nor the disk: whatever needs a file or a device to be decided stays `auto` here.
+"""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+_NUMBER_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_LORA_ONLY = ("rank", "alpha", "dropout", "targets", "train_also")
+_DECAYING = ("cosine", "linear", "exponential")
+
+
+def _number_from_text(value: object) -> object:
+    """Read `1e-5` as a number: YAML 1.1 readers hand it over as text."""
+    if isinstance(value, str) and _NUMBER_TEXT.fullmatch(value):
+        return float(value)
+    return value
+
+
+def _tuple_from_list(value: object) -> object:
+    """YAML and JSON have lists only; strict validation would refuse them for a tuple."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+# Far above any run, and low enough that products of two counts still fit the 64-bit integers of torch.
+Count = Annotated[int, Field(ge=1, le=2_000_000_000)]
+CountOrZero = Annotated[int, Field(ge=0, le=2_000_000_000)]
+Number = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+Fraction = Annotated[Number, Field(gt=0, lt=1)]
+Beta = Annotated[Number, Field(ge=0, lt=1)]
+
+
+def _refuse(problems: list[tuple[str, str]]) -> None:
+    """Raise every (dotted key, problem) as one validation error, if there is any."""
+    if problems:
+        text = "; ".join(f"{key}: {problem}" for key, problem in problems)
+        # The braces of a message would be read as fields of the template.
+        raise PydanticCustomError("recipe", "{text}", {"text": text, "problems": problems})
+
+
+class Section(BaseModel):
+    """A frozen part of a recipe that refuses keys it does not know."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The model to start from."""
+
+    path: Text = Field(description="Model file or folder: official .pth, .safetensors, or a Hugging Face folder.")
+
+
+class DataSection(Section):
+    """The documents, how they are read, and which are held out."""
+
+    path: Text | Annotated[list[Text], Field(min_length=1)] = Field(
+        description="Paths or globs of the documents; {stdlib} names the folder of Python's standard library."
+    )
+    exclude: list[Text] = Field(default=[], description="Globs of paths to leave out of `path`.")
+    template: Literal["text", "completion"] = Field(
+        default="text", description="How a row becomes a document: all of it is trained on, or its completion only."
+    )
+    tokenizer: Literal["auto", "world", "bytes"] = Field(
+        default="auto", description="Tokenizer; auto: what the model file records, else by its vocabulary size."
+    )
+    mode: Literal["auto", "stream", "document"] = Field(
+        default="auto",
+        description="stream: documents back to back, the state runs on from step to step; document: each row of a step "
+        "is one whole document from a fresh state; auto: document if and only if bptt.window is document.",
+    )
+    pack_tokens: Count | None = Field(
+        default=None, description="Document mode: put short documents into one row up to this many tokens; null: never."
+    )
+    validation: Annotated[Fraction | Text | None, BeforeValidator(_number_from_text)] = Field(
+        default=None, description="Documents held out: a path, or a fraction of whole documents, 0 to 1 exclusive."
+    )
+    validation_tail: Fraction | None = Field(
+        default=None, description="Held out instead: the last fraction of every document's tokens, 0 to 1 exclusive."
+    )
+    on_bad_row: Literal["stop", "skip"] = Field(
+        default="stop", description="What to do at a row that cannot be read: stop, or skip it and count it."
+    )
+
+    @model_validator(mode="after")
+    def _one_kind_of_validation(self) -> Self:
+        if self.validation is not None and self.validation_tail is not None:
+            _refuse([("data.validation_tail", "cannot stand beside data.validation; keep one of the two")])
+        return self
+
+
+class AdapterSection(Section):
+    """Which weights are trained."""
+
+    kind: Literal["full", "lora"] = Field(default="full", description="full: every weight; lora: low-rank additions.")
+    rank: Count = Field(default=32, description="LoRA: rank of each addition.")
+    alpha: Annotated[Number, Field(gt=0)] | None = Field(
+        default=None, description="LoRA: scale; the addition is multiplied by alpha / rank. null: 2 × rank."
+    )
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="LoRA: probability of dropping an input of the addition, 0 to 1 exclusive."
+    )
+    targets: Annotated[list[Text], Field(min_length=1)] = Field(
+        default=["receptance", "key", "value", "gate", "output"],
+        description="LoRA: matrices that get an addition, by the last part or parts of the module name.",
+    )
+    train_also: list[Text] = Field(
+        default=[], description="LoRA: globs of parameter names trained as they are, e.g. '*.lerp_*'."
+    )
+    freeze: list[Text] = Field(default=[], description="Full: globs of parameter names left as they are.")
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_kind(self) -> Self:
+        foreign = ("freeze",) if self.kind == "lora" else _LORA_ONLY
+        other = "full" if self.kind == "lora" else "lora"
+        # An explicit null of alpha says no more than leaving it out.
+        said = [key for key in foreign if key in self.model_fields_set and getattr(self, key) is not None]
+        _refuse(
+            [
+                (
+                    f"adapter.{key}",
+                    f"means nothing with adapter.kind {self.kind}; remove it or set adapter.kind: {other}",
+                )
+                for key in said
+            ]
+        )
+        return self
+
+
+class BpttSection(Section):
+    """How far the gradient reaches back through a document."""
+
+    chunk_tokens: Count = Field(default=1024, description="Tokens computed at once; decides memory, not the result.")
+    window: Count | Literal["document"] = Field(
+        default="document",
+        description="Chunks the gradient crosses; document: the whole document, the exact gradient.",
+    )
+
+
+class OptimizerSection(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: Annotated[Number, Field(gt=0)] = Field(description="Highest learning rate, per step.")
+    warmup_steps: CountOrZero = Field(default=10, description="Steps over which the learning rate rises to lr.")
+    schedule: Literal["constant", "cosine", "linear", "exponential"] = Field(
+        default="constant", description="Course of the learning rate from the warm-up to the last step."
+    )
+    lr_final: Annotated[Number, Field(ge=0)] | None = Field(
+        default=None, description="Learning rate of the last step of a decaying schedule; null: lr / 10."
+    )
+    clip: Annotated[Number, Field(gt=0)] | None = Field(
+        default=1.0, description="Largest norm of the whole gradient; null: not clipped."
+    )
+    weight_decay: Annotated[Number, Field(ge=0)] = Field(
+        default=0.0, description="AdamW weight decay of the matrices, per unit of learning rate."
+    )
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_tuple_from_list)] = Field(
+        default=(0.9, 0.99), description="Adam's averaging factors of the gradient and of its square, each in [0, 1)."
+    )
+    eps: Annotated[Number, Field(gt=0)] = Field(
+        default=1e-8, description="Adam's term in the denominator, in units of the gradient."
+    )
+    decay_lr_multiplier: Annotated[Number, Field(gt=0)] = Field(
+        default=2.0, description="Learning rate of the decay base vectors, as a multiple of lr."
+    )
+
+    @model_validator(mode="after")
+    def _final_rate_fits_the_schedule(self) -> Self:
+        if self.schedule == "constant" and self.lr_final is not None:
+            choices = ", ".join(_DECAYING)
+            _refuse([("optimizer.lr_final", f"means nothing with schedule constant; remove it or choose {choices}")])
+        if self.schedule == "exponential" and self.lr_final == 0:
+            _refuse([("optimizer.lr_final", "an exponential schedule never reaches 0; give a number above 0")])
+        return self
+
+
+class KernelSection(Section):
+    """Which implementation of the recurrence runs."""
+
+    backend: Text = Field(default="auto", description="Backend by name; auto: the fastest that can run here.")
+
+
+class RunSection(Section):
+    """Where a run writes, how long it lasts and what it runs on."""
+
+    folder: Text = Field(description="Run folder; started again in it, the run continues.")
+    steps: Count | None = Field(default=None, description="Optimizer steps in all; give either this or epochs.")
+    epochs: Count | None = Field(default=None, description="Passes over the documents; give either this or steps.")
+    rows: Count = Field(default=1, description="Rows (sequences with a state of their own) at once on each device.")
+    accumulate: Count = Field(default=1, description="Groups of rows whose gradients are added up before a step.")
+    devices: Count | Literal["auto"] = Field(
+        default="auto", description="Devices to use; auto: every GPU here, else the CPU."
+    )
+    strategy: Literal["auto", "single"] = Field(default="auto", description="How the work is spread over devices.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="Compute precision; bf16 keeps trained weights and states in fp32."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="Seed of the order of documents, of new weights and of dropout."
+    )
+    checkpoint_every: Count | None = Field(
+        default=None, description="Steps between checkpoints; null: one at the end only."
+    )
+    validate_every: Count | None = Field(
+        default=None, description="Steps between validations; null: before the first and after the last step only."
+    )
+    keep_checkpoints: Count = Field(default=2, description="Checkpoints kept; older ones are deleted.")
+    max_nonfinite_steps: Count = Field(
+        default=10, description="Steps in a row that may be left out for an infinite or NaN gradient before it stops."
+    )
+
+    @model_validator(mode="after")
+    def _one_end(self) -> Self:
+        if self.steps is None and self.epochs is None:
+            _refuse([("run.steps", "missing: a run needs exactly one of run.steps and run.epochs")])
+        if self.steps is not None and self.epochs is not None:
+            _refuse([("run.epochs", "cannot stand beside run.steps; keep one of the two")])
+        return self
+
+
+class Recipe(Section):
+    """A fine-tuning run, as its author meant it."""
+
+    model: ModelSection = Field(description="The model to start from.")
+    data: DataSection = Field(description="The documents, how they are read, and which are held out.")
+    adapter: AdapterSection = Field(default_factory=AdapterSection, description="Which weights are trained.")
+    bptt: BpttSection = Field(default_factory=BpttSection, description="How far the gradient reaches back.")
+    optimizer: OptimizerSection = Field(description="AdamW and its learning-rate schedule.")
+    kernel: KernelSection = Field(default_factory=KernelSection, description="Implementation of the recurrence.")
+    run: RunSection = Field(description="Where a run writes, how long it lasts and what it runs on.")
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        problems = []
+        if self.data.mode == "stream" and self.bptt.window == "document":
+            problems.append(
+                (
+                    "data.mode",
+                    "stream and bptt.window document exclude each other: a stream runs documents back to back, without "
+                    "an end; set bptt.window to a number of chunks, or data.mode: document",
+                )
+            )
+        if self.data.pack_tokens is not None and self._resolved_mode() == "stream":
+            problems.append(
+                (
+                    "data.pack_tokens",
+                    "means nothing in stream mode, where rows have no ends; remove it or set data.mode: document",
+                )
+            )
+        _refuse(problems)
+        return self
+
+    def _resolved_mode(self) -> Literal["stream", "document"]:
+        if self.data.mode != "auto":
+            return self.data.mode
+        return "document" if self.bptt.window == "document" else "stream"
+
+    def resolved(self) -> Self:
+        """The same recipe with everything filled in that can be known without reading a file or asking a device."""
+        data = self.data.model_copy(update={"mode": self._resolved_mode()})
+        adapter, optimizer = self.adapter, self.optimizer
+        if adapter.kind == "lora" and adapter.alpha is None:
+            adapter = adapter.model_copy(update={"alpha": 2.0 * adapter.rank})
+        if optimizer.schedule in _DECAYING and optimizer.lr_final is None:
+            optimizer = optimizer.model_copy(update={"lr_final": optimizer.lr / 10})
+        return self.model_copy(update={"data": data, "adapter": adapter, "optimizer": optimizer})
+
+    def to_mapping(self) -> dict[str, dict[str, object]]:
+        """Plain sections of plain values, which read back as an equal recipe.
+
+        Left out: keys that mean nothing with this kind of adapter, and nulls that are also the default.
+        """
+        foreign = ("freeze",) if self.adapter.kind == "lora" else _LORA_ONLY
+        mapping: dict[str, dict[str, object]] = {}
+        for section_name, section in self:
+            fields = type(section).model_fields
+            mapping[section_name] = {
+                key: value
+                for key, value in section.model_dump(mode="json").items()
+                if not (section_name == "adapter" and key in foreign)
+                and not (value is None and fields[key].default is None)
+            }
+        return mapping
