@@ -8,10 +8,46 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from infctx.errors import RecipeError
+from infctx.model.catalog import BLOCK_PARTS
 from infctx.model.channel_mix import ChannelMix
 from infctx.model.config import FinchConfig
 from infctx.model.finch import Finch
 from infctx.model.time_mix import TimeMix
+
+
+def new_config(
+    *,
+    version: str,
+    n_layer: int,
+    n_embd: int,
+    vocab_size: int,
+    head_size: int = 64,
+    dim_ffn: int | None = None,
+    lerp_rank: int | None = None,
+    decay_rank: int | None = None,
+) -> FinchConfig:
+    """Sizes of a model to be trained from scratch; None = as in the released models of this width.
+
+    Raises:
+        RecipeError: an unknown version, or channels that are not a multiple of the head size.
+    """
+    if version not in BLOCK_PARTS:
+        raise RecipeError(f"version {version!r}: expected one of {', '.join(BLOCK_PARTS)}.")
+    if n_embd % head_size:
+        raise RecipeError(f"channels {n_embd}: expected a multiple of the head size {head_size}.")
+    is_finch, is_wide = version == "6", n_embd == 4096
+    return FinchConfig(
+        version=version,
+        n_layer=n_layer,
+        n_embd=n_embd,
+        vocab_size=vocab_size,
+        head_size=head_size,
+        n_head=n_embd // head_size,
+        dim_ffn=dim_ffn or max(1, int(3.5 * n_embd) // 32 * 32),
+        lerp_rank=(lerp_rank or (64 if is_wide else 32)) if is_finch else 0,
+        decay_rank=(decay_rank or (128 if is_wide else 64)) if is_finch else 0,
+    )
 
 
 @torch.no_grad()

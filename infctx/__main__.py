@@ -1,0 +1,5 @@
+"""`python -m infctx` is `infctx`."""
+
+from infctx.cli import main
+
+main()

@@ -1,0 +1,356 @@
+"""From a recipe to live objects: the only file that knows every part."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import infctx
+from infctx.adapters.catalog import ATTACH, Adapter
+from infctx.checkpoint.atomic import remove_tree, replace_directory, write_file_atomically
+from infctx.checkpoint.model_file import ModelFile, read_model_file
+from infctx.checkpoint.run_lock import RunLock
+from infctx.checkpoint.run_state import RunState, load_run_state
+from infctx.data.document import Document
+from infctx.data.load import LoadedData, load_documents, split_tail, split_validation
+from infctx.data.step_source import StepSource
+from infctx.data.stream import DocumentSource, StreamSource
+from infctx.data.tokenizer import tokenizer_by_name, tokenizer_for_vocab
+from infctx.errors import CheckpointError, DataError, RecipeError
+from infctx.model.finch import Finch
+from infctx.recipe.load import load_recipe, recipe_differences, write_recipe
+from infctx.recipe.schema import Recipe
+from infctx.training.bptt import ChunkObjective
+from infctx.training.fabric_run import FabricEngine
+from infctx.training.loop import LoopSettings, Run, train
+from infctx.training.metrics import MetricsLog
+from infctx.training.optim import LearningRate, make_adamw, parameter_groups
+from infctx.training.precision import apply_precision_
+from infctx.training.progress import Progress
+from infctx_kernels import BackendError, choose_backend
+
+RECIPE_FILE = "recipe.yaml"
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunData:
+    """What a recipe's data section comes to. tokenizer: its name."""
+
+    training: list[Document]
+    validation: list[Document]
+    loaded: LoadedData
+    tokenizer: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedModel:
+    """A model ready for use. tokenizer: its name, or None where nothing says it. step: of the checkpoint, if any."""
+
+    model: Finch
+    tokenizer: str | None
+    step: int | None
+
+
+def open_data(recipe: Recipe, *, model_file: ModelFile | None) -> RunData:
+    """Read and split the documents; model_file None = tokenizer and vocabulary are the recipe's word alone.
+
+    Raises:
+        DataError: see `load_documents`; also where nothing says which tokenizer to use.
+    """
+    section = recipe.data
+    name = section.tokenizer
+    if name == "auto":
+        if model_file is None:
+            raise DataError("data.tokenizer: auto needs the model; give world or bytes.")
+        name = model_file.tokenizer or tokenizer_for_vocab(model_file.model.config.vocab_size)
+    elif model_file is not None and model_file.tokenizer not in (None, name):
+        raise RecipeError(
+            f"data.tokenizer: expected {model_file.tokenizer}, which the model file records, got {name}. "
+            "Set it to auto."
+        )
+    vocab_size = None if model_file is None else model_file.model.config.vocab_size
+    tokenizer = tokenizer_by_name(name)
+
+    def load(paths: str | list[str], exclude: Sequence[str]) -> LoadedData:
+        return load_documents(
+            [paths] if isinstance(paths, str) else paths,
+            tokenizer=tokenizer,
+            exclude=exclude,
+            template=section.template,
+            on_bad_row=section.on_bad_row,
+            vocab_size=vocab_size,
+        )
+
+    loaded = load(section.path, section.exclude)
+    training, validation = loaded.documents, []
+    if section.validation_tail is not None:
+        training, validation = split_tail(training, fraction=section.validation_tail)
+    elif isinstance(section.validation, float):
+        training, validation = split_validation(training, fraction=section.validation, seed=recipe.run.seed)
+    elif section.validation is not None:
+        validation = load(section.validation, []).documents
+    return RunData(training=training, validation=validation, loaded=loaded, tokenizer=name)
+
+
+def run_recipe(recipe: Recipe, progress: Progress, *, fresh: bool = False) -> dict[str, Any]:
+    """Train a recipe to its end, or continue it where its folder left off.
+
+    Args:
+        fresh: leave a used run folder alone and begin beside it.
+    Returns:
+        steps, train_loss, val_loss, first_val_loss, tokens, folder; and already_finished, True where nothing was done.
+    """
+    recipe = recipe.resolved()
+    if fresh:
+        recipe = _beside(recipe)
+    folder = Path(recipe.run.folder)
+    _check_folder(folder, recipe)
+    if (finished := _result(folder)) is not None:
+        return {**finished, "already_finished": True}
+    # Everything that can be wrong with the recipe, the model or the data is found before the folder is made.
+    parts = _open_parts(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    with RunLock(folder):
+        _check_folder(folder, recipe)
+        write_recipe(recipe, folder / RECIPE_FILE)
+        done = train(_assemble(recipe, parts, progress))
+        result = {
+            "steps": done.step,
+            "train_loss": done.train_loss,
+            "val_loss": done.val_loss,
+            "first_val_loss": done.first_val_loss,
+            "tokens": done.tokens,
+            "folder": str(folder),
+        }
+        write_file_atomically(folder / RESULT_FILE, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    return {**result, "already_finished": False}
+
+
+def check_recipe(recipe: Recipe) -> list[str]:
+    """Open everything a run of the recipe needs, without training; returns what would be printed at its start."""
+    recipe = recipe.resolved()
+    _check_folder(Path(recipe.run.folder), recipe)
+    return _headline(recipe, _open_parts(recipe))
+
+
+def open_trained(path: str | Path) -> TrainedModel:
+    """A model file, or a run folder with its newest checkpoint merged into its base model; float32, on the CPU."""
+    path = Path(path)
+    if not (path / RECIPE_FILE).is_file():
+        opened = read_model_file(path)
+        return TrainedModel(model=opened.model, tokenizer=opened.tokenizer, step=None)
+    recipe = load_recipe(path / RECIPE_FILE)
+    loaded = load_run_state(path)
+    if loaded is None:
+        raise CheckpointError(f"{path}: this run has no checkpoint yet. Let it train to its first one.")
+    opened = read_model_file(recipe.model.path)
+    _check_base(recipe, opened, loaded.state, folder=path)
+    adapter = _attach(recipe, opened.model)
+    parameters = dict(opened.model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in loaded.state.tensors["trainable"].items():
+            parameters[name].copy_(tensor)
+    adapter.merge_()
+    tokenizer = loaded.state.facts.get("tokenizer")
+    return TrainedModel(
+        model=opened.model.eval(), tokenizer=tokenizer if isinstance(tokenizer, str) else None, step=loaded.state.step
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Parts:
+    engine: FabricEngine
+    model_file: ModelFile
+    adapter: Adapter
+    data: RunData
+    backend: str
+
+
+def _open_parts(recipe: Recipe) -> _Parts:
+    engine = FabricEngine(devices=recipe.run.devices, strategy=recipe.run.strategy, precision=recipe.run.precision)
+    model_file = read_model_file(recipe.model.path, dtype=None)
+    wanted = None if recipe.kernel.backend == "auto" else recipe.kernel.backend
+    try:
+        backend = choose_backend(wanted, device=engine.device, head_size=model_file.model.config.head_size)
+    except BackendError as error:
+        raise RecipeError(f"kernel.backend: {error}") from error
+    model_file.model.use_backend(backend)
+    data = open_data(recipe, model_file=model_file)
+    # New adapter weights are drawn from the global generator.
+    torch.manual_seed(recipe.run.seed)
+    adapter = _attach(recipe, model_file.model)
+    apply_precision_(model_file.model, engine.precision)
+    return _Parts(engine=engine, model_file=model_file, adapter=adapter, data=data, backend=str(backend))
+
+
+def _attach(recipe: Recipe, model: Finch) -> Adapter:
+    section = recipe.adapter
+    if section.kind == "full":
+        return ATTACH["full"](model, freeze=section.freeze)
+    return ATTACH["lora"](
+        model,
+        rank=section.rank,
+        alpha=section.alpha if section.alpha is not None else 2.0 * section.rank,
+        dropout=section.dropout,
+        targets=section.targets,
+        train_also=section.train_also,
+    )
+
+
+def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
+    model, optimizer_section = parts.model_file.model, recipe.optimizer
+    groups = parameter_groups(
+        model.named_parameters(),
+        weight_decay=optimizer_section.weight_decay,
+        decay_lr_multiplier=optimizer_section.decay_lr_multiplier,
+    )
+    optimizer = make_adamw(groups, lr=optimizer_section.lr, betas=optimizer_section.betas, eps=optimizer_section.eps)
+    objective, optimizer = parts.engine.setup(ChunkObjective(model), optimizer)
+    source = _source(recipe, parts.data.training)
+    folder = Path(recipe.run.folder)
+    return Run(
+        folder=folder,
+        model=model,
+        objective=objective,
+        optimizer=optimizer,
+        backward=parts.engine.backward,
+        device=parts.engine.device,
+        source=source,
+        validation=parts.data.validation,
+        learning_rate=LearningRate(
+            lr=optimizer_section.lr,
+            lr_final=optimizer_section.lr if optimizer_section.lr_final is None else optimizer_section.lr_final,
+            schedule=optimizer_section.schedule,
+            warmup_steps=optimizer_section.warmup_steps,
+            total_steps=source.total_steps,
+        ),
+        settings=LoopSettings(
+            window=recipe.bptt.window,
+            chunk_tokens=recipe.bptt.chunk_tokens,
+            rows=recipe.run.rows,
+            clip=optimizer_section.clip,
+            checkpoint_every=recipe.run.checkpoint_every,
+            validate_every=recipe.run.validate_every,
+            keep_checkpoints=recipe.run.keep_checkpoints,
+            max_nonfinite_steps=recipe.run.max_nonfinite_steps,
+        ),
+        metrics=MetricsLog(folder / "metrics.jsonl"),
+        progress=progress,
+        headline=_headline(recipe, parts),
+        facts={
+            "tokenizer": parts.data.tokenizer,
+            "base_fingerprint": parts.model_file.fingerprint,
+            "infctx": infctx.__version__,
+            "torch": torch.__version__,
+        },
+        save_adapter=_adapter_writer(parts.adapter, folder / "adapter"),
+    )
+
+
+def _adapter_writer(adapter: Adapter, folder: Path) -> Callable[[], None]:
+    """Writes the adapter folder anew; a full fine-tune has none."""
+
+    def write() -> None:
+        if adapter.has_files:
+            # The checkpoint holds the same weights: a crash between the two lines loses nothing.
+            remove_tree(folder)
+            replace_directory(folder, adapter.save)
+
+    return write
+
+
+def _source(recipe: Recipe, documents: Sequence[Document]) -> StepSource:
+    run = recipe.run
+    shared: dict[str, Any] = {
+        "rows": run.rows,
+        "accumulate": run.accumulate,
+        "chunk_tokens": recipe.bptt.chunk_tokens,
+        "seed": run.seed,
+        "epochs": run.epochs,
+        "steps": run.steps,
+    }
+    if recipe.data.mode == "stream":
+        assert isinstance(recipe.bptt.window, int)
+        return StreamSource(documents, window=recipe.bptt.window, **shared)
+    return DocumentSource(documents, pack_tokens=recipe.data.pack_tokens, **shared)
+
+
+def _headline(recipe: Recipe, parts: _Parts) -> list[str]:
+    """What a run is, in words, before it starts."""
+    model, data = parts.model_file.model, parts.data
+    config = model.config
+    count = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    name = {"6": "Finch (RWKV-6)", "5.2": "Eagle (RWKV-5.2)"}[config.version]
+    kind = "full" if recipe.adapter.kind == "full" else f"LoRA rank {recipe.adapter.rank}"
+    train_tokens = sum(len(document) for document in data.training)
+    held_out = sum(len(document) for document in data.validation)
+    rejected = f", {len(data.loaded.rejected):,} rows skipped" if data.loaded.rejected else ""
+    return [
+        f"model      {name}, {config.n_layer} layers × {config.n_embd} channels, {count:,} parameters with the adapter"
+        if kind != "full"
+        else f"model      {name}, {config.n_layer} layers × {config.n_embd} channels, {count:,} parameters",
+        f"trained    {trained:,} parameters ({kind})",
+        f"data       {len(data.training):,} documents, {train_tokens:,} tokens ({data.tokenizer}); "
+        f"held out {held_out:,} tokens{rejected}",
+        f"gradient   {window_in_words(recipe)}",
+        f"machine    {parts.engine.device}, {parts.engine.precision}, WKV6 backend {parts.backend}"
+        + (" (the fastest here)" if recipe.kernel.backend == "auto" else ""),
+        f"folder     {recipe.run.folder}",
+    ]
+
+
+def window_in_words(recipe: Recipe) -> str:
+    """How far the gradient reaches."""
+    window, chunk = recipe.bptt.window, recipe.bptt.chunk_tokens
+    if window == "document":
+        return f"exact: crosses the whole document, in chunks of {chunk:,} tokens"
+    if window == 1:
+        return f"truncated at every chunk of {chunk:,} tokens; the state is carried on"
+    return f"crosses {window} chunks = {window * chunk:,} tokens; the state is carried on"
+
+
+def _check_folder(folder: Path, recipe: Recipe) -> None:
+    """Refuse a folder that belongs to another recipe, or to something else."""
+    used = folder / RECIPE_FILE
+    if used.is_file():
+        differences = recipe_differences(load_recipe(used), recipe)
+        if differences:
+            raise RecipeError(
+                f"{folder}: this run folder was made with another recipe:\n  "
+                + "\n  ".join(differences)
+                + "\nGive another run.folder, use the old values, or start beside it with --fresh."
+            )
+    elif folder.exists() and (not folder.is_dir() or any(entry.name != ".lock" for entry in folder.iterdir())):
+        raise RecipeError(f"run.folder: {folder} exists and is not a run folder. Give a new one.")
+
+
+def _beside(recipe: Recipe) -> Recipe:
+    folder = Path(recipe.run.folder)
+    number = 2
+    while folder.exists():
+        folder = Path(f"{recipe.run.folder}-{number}")
+        number += 1
+    run = recipe.run.model_copy(update={"folder": str(folder)})
+    return recipe.model_copy(update={"run": run})
+
+
+def _result(folder: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads((folder / RESULT_FILE).read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def _check_base(recipe: Recipe, opened: ModelFile, state: RunState, *, folder: Path) -> None:
+    if state.facts.get("base_fingerprint") != opened.fingerprint:
+        raise CheckpointError(
+            f"{folder}: model.path {recipe.model.path} is not the model this run began with: its weights differ. "
+            "Put the original file back."
+        )

@@ -1,0 +1,325 @@
+"""The command line: one short function a command. What a command needs is imported inside it, so that help is quick.
+
+People's output goes to stderr, except for what a command was asked to print; with --json stdout holds one JSON object.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from infctx.errors import InfctxError
+
+EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_STOPPED, EXIT_MACHINE = 0, 1, 2, 3, 4
+MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+
+app = typer.Typer(
+    name="infctx",
+    help="Fine-tune RWKV-6 Finch and RWKV-5 Eagle models on documents of any length.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+model_app = typer.Typer(help="Make and inspect models.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(model_app, name="model")
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys set differently, as optimizer.lr=1e-5.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+@app.command(epilog="Example: infctx train recipes/debug_cpu.yaml run.steps=20")
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option(help="Leave a used run folder alone and begin beside it.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a recipe; started again in its run folder, continue it."""
+    loaded = _load_recipe(recipe, overrides)
+    from infctx.assemble import run_recipe
+    from infctx.training.progress import make_progress
+
+    result = run_recipe(loaded, make_progress(sys.stderr), fresh=fresh)
+    if result.pop("already_finished"):
+        _say(f"This run is finished: {result['folder']}. Nothing was done; --fresh starts another beside it.")
+    before, after = result["first_val_loss"], result["val_loss"]
+    if after is not None and before is not None:
+        _say(f"Validation loss: {before:.4f} before, {after:.4f} after {result['steps']:,} steps.")
+    elif result["train_loss"] is not None:
+        _say(f"Training loss of the last step: {result['train_loss']:.4f}.")
+    _say(f"Run folder: {result['folder']}")
+    _answer(result, as_json)
+
+
+@app.command(epilog="Example: infctx check recipes/quickstart.yaml")
+def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Validate a recipe with its model and data, and say what a run of it would do."""
+    loaded = _load_recipe(recipe, overrides)
+    from infctx.assemble import check_recipe
+
+    lines = check_recipe(loaded)
+    if not as_json:
+        print("\n".join([*lines, "The recipe is valid: nothing was trained or written."]))
+    _answer({"valid": True, "summary": lines}, as_json)
+
+
+@app.command(epilog="Example: infctx data recipes/quickstart.yaml --show 2")
+def data(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    show: Annotated[int, typer.Option(min=0, help="Documents shown, the beginning of each.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the model will see: documents, masks in colour, and where every token goes."""
+    loaded = _load_recipe(recipe, overrides).resolved()
+    from infctx.assemble import open_data
+    from infctx.checkpoint.model_file import read_model_file
+    from infctx.data.load import ledger
+    from infctx.data.tokenizer import tokenizer_by_name
+
+    opened = open_data(loaded, model_file=read_model_file(loaded.model.path, dtype=None))
+    account = ledger(opened.loaded.documents, opened.loaded.rejected, dropped=opened.loaded.tokens_dropped)
+    if not as_json:
+        from infctx.data_view import print_data
+
+        print_data(opened.training[:show], tokenizer_by_name(opened.tokenizer), account)
+    _answer(account, as_json)
+
+
+@app.command(epilog="Example: infctx export runs/quickstart --format pth --output finch-mine.pth")
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a model file.")],
+    output: Annotated[Path, typer.Option(help="The file to write.")],
+    format: Annotated[str, typer.Option(help="pth or safetensors.")] = "pth",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "bf16",
+    force: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge the adapter, write the model, read it back and compare."""
+    import torch
+
+    from infctx.assemble import open_trained
+    from infctx.export.catalog import check_output, save_model
+    from infctx.export.verify import max_logit_difference
+
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise InfctxError(f"--dtype {dtype}: expected one of {', '.join(dtypes)}.")
+    check_output(output, format=format, force=force)
+    trained = open_trained(source)
+    save_model(trained.model, output, format=format, dtype=dtypes[dtype], tokenizer=trained.tokenizer)
+    difference = max_logit_difference(trained.model, output)
+    _say(f"Wrote {output} ({format}, {dtype}, {output.stat().st_size:,} bytes).")
+    _say(f"Read back: largest logit difference {difference:.2e} against the float32 source.")
+    _answer({"path": str(output), "format": format, "max_logit_difference": difference}, as_json)
+
+
+@app.command(epilog='Example: infctx generate runs/quickstart --prompt "The for statement" --max-tokens 100')
+def generate(
+    source: Annotated[Path, typer.Argument(metavar="MODEL_OR_RUN", help="A model file or a run folder.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 = always the most probable token.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the tokens that make up this much.")] = 0.7,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="world or bytes, where the model does not say.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text."""
+    from infctx.assemble import open_trained
+    from infctx.data.tokenizer import StreamDecoder, tokenizer_by_name, tokenizer_for_vocab
+    from infctx.model.sampling import sample_tokens
+
+    trained = open_trained(source)
+    name = tokenizer or trained.tokenizer or tokenizer_for_vocab(trained.model.config.vocab_size)
+    chosen = tokenizer_by_name(name)
+    # An empty prompt is a new document: what comes before one is the end of another.
+    ids = chosen.encode(prompt).tolist() or [0]
+    if max(ids) >= trained.model.config.vocab_size:
+        raise InfctxError(f"--tokenizer {name}: id {max(ids)} is beyond the model's vocabulary.")
+    decoder = StreamDecoder(chosen)
+    pieces = []
+    if not as_json:
+        print(prompt, end="", flush=True)
+    for token in sample_tokens(
+        trained.model,
+        ids,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        usable_ids=chosen.vocab_size,
+    ):
+        pieces.append(decoder.push(token))
+        if not as_json:
+            print(pieces[-1], end="", flush=True)
+    pieces.append(decoder.flush())
+    if not as_json:
+        print(pieces[-1])
+    _answer({"prompt": prompt, "text": "".join(pieces)}, as_json)
+
+
+@model_app.command("new", epilog="Example: infctx model new --layers 6 --channels 128 --vocab 257 --output tiny.pth")
+def model_new(
+    output: Annotated[Path, typer.Option(help="The file to write, .pth or .safetensors.")],
+    layers: Annotated[int, typer.Option(min=2, help="Layers, at least 2.")],
+    channels: Annotated[int, typer.Option(min=1, help="Channels; a multiple of the head size.")],
+    vocab: Annotated[int, typer.Option(min=2, help="Vocabulary: 65536 for World, 257 for bytes.")] = 65536,
+    version: Annotated[str, typer.Option(help="6 (Finch) or 5.2 (Eagle).")] = "6",
+    head_size: Annotated[int, typer.Option(min=1, help="Channels of one head.")] = 64,
+    ffn: Annotated[int | None, typer.Option(min=1, help="Feed-forward width; 3.5 × channels by default.")] = None,
+    lerp_rank: Annotated[int | None, typer.Option(min=1, help="Rank of Finch's mixes; 32, or 64 at 4096.")] = None,
+    decay_rank: Annotated[int | None, typer.Option(min=1, help="Rank of Finch's decay; 64, or 128 at 4096.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the initial weights.")] = 0,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    force: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a model with fresh weights, to train from scratch."""
+    import torch
+
+    from infctx.export.catalog import check_output, save_model
+    from infctx.model.finch import Finch
+    from infctx.model.init import initialise_, new_config
+
+    if dtype not in ("fp32", "bf16"):
+        raise InfctxError(f"--dtype {dtype}: expected fp32 or bf16.")
+    format = "safetensors" if output.suffix == ".safetensors" else "pth"
+    check_output(output, format=format, force=force)
+    config = new_config(
+        version=version,
+        n_layer=layers,
+        n_embd=channels,
+        vocab_size=vocab,
+        head_size=head_size,
+        dim_ffn=ffn,
+        lerp_rank=lerp_rank,
+        decay_rank=decay_rank,
+    )
+    model = Finch(config)
+    initialise_(model, seed=seed)
+    tokenizer = {65536: "world", 257: "bytes"}.get(vocab)
+    save_model(
+        model, output, format=format, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16, tokenizer=tokenizer
+    )
+    count = sum(parameter.numel() for parameter in model.parameters())
+    _say(f"Wrote {output}: {count:,} parameters.")
+    _answer({"path": str(output), "parameters": count}, as_json)
+
+
+@model_app.command("info", epilog="Example: infctx model info RWKV-x060-World-1B6.pth")
+def model_info(
+    path: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file.")], as_json: AsJson = False
+) -> None:
+    """Version and sizes of a model, read from its tensors."""
+    import dataclasses
+
+    from infctx.checkpoint.model_file import read_model_file
+
+    opened = read_model_file(path, dtype=None)
+    parameters = list(opened.model.parameters())
+    facts: dict[str, Any] = {
+        "path": str(path),
+        **dataclasses.asdict(opened.model.config),
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "dtypes": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters}),
+        "tokenizer": opened.tokenizer,
+        "initial_state": opened.model.blocks[0].time_mix.initial_state is not None,
+    }
+    if not as_json:
+        print("\n".join(f"{key:<15} {_shown(value)}" for key, value in facts.items()))
+    _answer(facts, as_json)
+
+
+@app.command(epilog="Example: infctx doctor")
+def doctor(as_json: AsJson = False) -> None:
+    """What this machine can do: devices, WKV6 backends, versions."""
+    from infctx.doctor import machine_facts
+
+    facts = machine_facts()
+    if not as_json:
+        for section, entries in facts.items():
+            print(section)
+            for name, value in entries.items():
+                print(f"  {name:<18} {_shown(value)}")
+    _answer(facts, as_json)
+
+
+@app.command("recipe-schema", epilog="Example: infctx recipe-schema > recipe.schema.json")
+def recipe_schema(as_json: AsJson = False) -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from infctx.recipe.load import recipe_json_schema
+
+    print(json.dumps(recipe_json_schema(), indent=None if as_json else 2))
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run a command and leave with its code: 0 done, 1 our bug, 2 yours, 3 stopped by a signal, 4 the machine's."""
+    try:
+        app(args=arguments)
+    except InfctxError as error:
+        _leave(EXIT_USER, f"Error: {error}")
+    except KeyboardInterrupt:
+        _leave(EXIT_STOPPED, "Stopped before the next checkpoint was written.")
+    except Exception as error:
+        _leave(*_judge(error))
+    sys.exit(EXIT_DONE)
+
+
+def _judge(error: Exception) -> tuple[int, str]:
+    """Exit code and message of an error that is not one of ours."""
+    from infctx.training.signals import StopRequested
+
+    if isinstance(error, StopRequested):
+        return EXIT_STOPPED, f"Stopped by {error}; a checkpoint is written. The same command continues the run."
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return EXIT_MACHINE, f"Out of memory: {error}\nMake bptt.chunk_tokens or run.rows smaller. {_LAST_CHECKPOINT}"
+    if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+        return EXIT_MACHINE, f"The machine failed: {error}. {_LAST_CHECKPOINT}"
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return EXIT_USER, f"Error: {error.filename}: {error.strerror}."
+    traceback.print_exception(error)
+    return EXIT_BUG, "This is a bug of infctx, not yours. Please report it with the lines above and the recipe."
+
+
+_LAST_CHECKPOINT = "The last good checkpoint is the one named in the run folder's checkpoints/latest."
+
+
+def _leave(code: int, message: str) -> NoReturn:
+    _say(message)
+    sys.exit(code)
+
+
+def _load_recipe(path: Path, overrides: list[str] | None) -> Any:
+    from infctx.recipe.load import load_recipe
+
+    return load_recipe(path, overrides or [])
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _answer(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""What a person sees while it runs: a live bar on a terminal, plain lines in a file, or nothing."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol, TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+SMOOTHING = 0.9
+"""Share of the past in the smoothed loss: it looks back over about ten steps."""
+
+
+class Progress(Protocol):
+    """Shows a run as it goes.
+
+    A report has the keys of a line of `metrics.jsonl`; any of them may be missing or None.
+    """
+
+    def start(self, total_steps: int | None, headline: list[str]) -> None:
+        """Show the headline and begin. total_steps: None where it is not known beforehand."""
+
+    def step(self, report: Mapping[str, object]) -> None:
+        """Show the numbers of a finished step."""
+
+    def message(self, text: str) -> None:
+        """Show a line that stays."""
+
+    def finish(self) -> None:
+        """Show the last step and leave the terminal as it was; safe to call twice, and without `start`."""
+
+
+def make_progress(stream: TextIO | None = None, *, every_seconds: float = 5.0) -> Progress:
+    """Live where the stream (default: standard error) is a terminal that can move its cursor, else plain lines.
+
+    Args:
+        every_seconds: least time between two plain lines.
+    """
+    stream = sys.stderr if stream is None else stream
+    if stream.isatty():
+        console = Console(file=stream)
+        if not console.is_dumb_terminal:
+            return LiveProgress(console)
+    return PlainProgress(stream, every_seconds=every_seconds)
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    def start(self, total_steps: int | None, headline: list[str]) -> None:
+        """Nothing."""
+
+    def step(self, report: Mapping[str, object]) -> None:
+        """Nothing."""
+
+    def message(self, text: str) -> None:
+        """Nothing."""
+
+    def finish(self) -> None:
+        """Nothing."""
+
+
+class PlainProgress:
+    """One line a step, but not more often than every so many seconds; the first and the last step always."""
+
+    def __init__(
+        self, stream: TextIO, *, every_seconds: float = 5.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._stream = stream
+        self._every_seconds = every_seconds
+        self._clock = clock
+        self._pace = Pace(clock)
+        self._last_shown = -math.inf
+        self._unshown: str | None = None
+
+    def start(self, total_steps: int | None, headline: list[str]) -> None:
+        """Print the headline."""
+        self._pace = Pace(self._clock, total_steps)
+        self._last_shown = -math.inf
+        for line in headline:
+            self.message(line)
+
+    def step(self, report: Mapping[str, object]) -> None:
+        """Print the step if it is its turn; a validated step always is."""
+        self._pace.step(report)
+        self._unshown = self._line(report)
+        is_due = self._clock() - self._last_shown >= self._every_seconds
+        if is_due or self._pace.is_last or number(report, "val_loss") is not None:
+            self._show_step()
+
+    def message(self, text: str) -> None:
+        """Print a line."""
+        print(text, file=self._stream, flush=True)
+
+    def finish(self) -> None:
+        """Print the last step if it was not."""
+        if self._unshown is not None:
+            self._show_step()
+
+    def _show_step(self) -> None:
+        assert self._unshown is not None
+        self.message(self._unshown)
+        self._unshown = None
+        self._last_shown = self._clock()
+
+    def _line(self, report: Mapping[str, object]) -> str:
+        eta_seconds = self._pace.remaining_seconds()
+        parts = [
+            f"step {self._pace.position()}",
+            f"loss {loss_text(number(report, 'loss'))}",
+            f"val {loss_text(number(report, 'val_loss'))}" if "val_loss" in report else "",
+            f"{speed_text(report)} tokens/s",
+            f"peak {memory_text(report)}",
+            f"lr {rate_text(report)}",
+            f"eta {clock_text(eta_seconds)}" if eta_seconds is not None else "",
+        ]
+        return "  ".join(part for part in parts if part)
+
+
+class LiveProgress:
+    """A bar and a line of numbers that stay at the bottom of a terminal of 80 columns or more."""
+
+    def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._clock = clock
+        self._pace = Pace(clock)
+        self._numbers = Text("waiting for the first step", style="dim", no_wrap=True, overflow="ellipsis")
+        self._bar = RichProgress(
+            TextColumn("step {task.fields[position]}", markup=False),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta {task.fields[eta]}", markup=False),
+            console=console,
+            expand=True,
+        )
+        self._task: TaskID | None = None
+        self._live: Live | None = None
+
+    def start(self, total_steps: int | None, headline: list[str]) -> None:
+        """Print the headline and put the bar under it."""
+        self.finish()
+        self._pace = Pace(self._clock, total_steps)
+        for line in headline:
+            self.message(line)
+        self._task = self._bar.add_task("", total=total_steps, position=self._pace.position(), eta="–")
+        self._live = Live(
+            get_renderable=lambda: Group(self._bar, self._numbers), console=self._console, refresh_per_second=4
+        )
+        self._live.start()
+
+    def step(self, report: Mapping[str, object]) -> None:
+        """Move the bar and show the numbers."""
+        self._pace.step(report)
+        self._numbers = self._line(report)
+        if self._task is not None:
+            eta_seconds = self._pace.remaining_seconds()
+            self._bar.update(
+                self._task,
+                completed=self._pace.current_step,
+                position=self._pace.position(),
+                eta="–" if eta_seconds is None else clock_text(eta_seconds),
+            )
+
+    def message(self, text: str) -> None:
+        """Print a line above the bar."""
+        # Paths in brackets are no markup.
+        self._console.print(text, markup=False, highlight=False, emoji=False)
+
+    def finish(self) -> None:
+        """Draw the last state and let go of the terminal."""
+        if self._live is not None:
+            if self._task is not None:
+                self._bar.stop_task(self._task)
+            self._live.stop()
+            self._live = None
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+
+    def _line(self, report: Mapping[str, object]) -> Text:
+        validated = f"  val {loss_text(self._pace.val_loss)}" if self._pace.val_loss is not None else ""
+        return Text.assemble(
+            ("loss ", "dim"),
+            (loss_text(number(report, "loss")), "bold"),
+            ("  smooth ", "dim"),
+            loss_text(self._pace.smoothed_loss),
+            validated,
+            f"  {speed_text(report)} tokens/s  {memory_text(report)}",
+            (f"  lr {rate_text(report)}", "dim"),
+            no_wrap=True,
+            overflow="ellipsis",
+        )
+
+
+class Pace:
+    """Where a run is, how long it will still take, and its loss without the jitter of single steps.
+
+    Args:
+        clock: seconds from any fixed moment.
+        total_steps: steps of the whole run, those before a resume included; None: not known.
+    """
+
+    def __init__(self, clock: Callable[[], float], total_steps: int | None = None) -> None:
+        self._clock = clock
+        self._total_steps = total_steps
+        self._times: list[tuple[int, float]] = []
+        self._loss_sum = 0.0
+        self._loss_weight = 0.0
+        self.current_step = 0
+        self.val_loss: float | None = None
+
+    def step(self, report: Mapping[str, object]) -> None:
+        """Take note of a finished step."""
+        self.current_step = int(number(report, "step") or self.current_step + 1)
+        moment = (self.current_step, self._clock())
+        # Two moments are enough: after the first step, which has the warm-up of everything in it, and now.
+        self._times = [*self._times[:1], moment]
+        loss = number(report, "loss")
+        if loss is not None:
+            self._loss_sum = SMOOTHING * self._loss_sum + (1 - SMOOTHING) * loss
+            self._loss_weight = SMOOTHING * self._loss_weight + (1 - SMOOTHING)
+        val_loss = number(report, "val_loss")
+        self.val_loss = self.val_loss if val_loss is None else val_loss
+
+    @property
+    def smoothed_loss(self) -> float | None:
+        """Moving average of the finite losses; None before the first."""
+        return self._loss_sum / self._loss_weight if self._loss_weight else None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the run's last step is done."""
+        return self._total_steps is not None and self.current_step >= self._total_steps
+
+    def position(self) -> str:
+        """The step and how many there will be, where that is known."""
+        return f"{self.current_step}" if self._total_steps is None else f"{self.current_step}/{self._total_steps}"
+
+    def remaining_seconds(self) -> float | None:
+        """Seconds to the last step at the pace so far, validation and checkpoints included; None: not known yet."""
+        if self._total_steps is None:
+            return None
+        if self.is_last:
+            return 0.0
+        (first_step, first_time), (last_step, last_time) = self._times[0], self._times[-1]
+        if last_step <= first_step:
+            return None
+        return (last_time - first_time) / (last_step - first_step) * (self._total_steps - last_step)
+
+
+def number(report: Mapping[str, object], key: str) -> float | None:
+    """A finite number of a report; None where there is none."""
+    value = report.get(key)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def loss_text(loss: float | None) -> str:
+    """A loss in nats per token."""
+    return "–" if loss is None else f"{loss:.3f}" if loss < 1000 else f"{loss:.1e}"
+
+
+def speed_text(report: Mapping[str, object]) -> str:
+    """Tokens per second."""
+    speed = number(report, "tokens_per_second")
+    return "–" if speed is None else f"{speed:,.0f}" if speed >= 10 else f"{speed:.1f}"
+
+
+def rate_text(report: Mapping[str, object]) -> str:
+    """The learning rate."""
+    rate = number(report, "lr")
+    return "–" if rate is None else f"{rate:.1e}"
+
+
+def memory_text(report: Mapping[str, object]) -> str:
+    """Peak memory of the device, or of the host where the device has none of its own."""
+    num_bytes = number(report, "peak_device_bytes") or number(report, "peak_host_bytes")
+    if num_bytes is None:
+        return "–"
+    return f"{num_bytes / 1e6:,.0f} MB" if num_bytes < 9.95e9 else f"{num_bytes / 1e9:,.1f} GB"
+
+
+def clock_text(seconds: float) -> str:
+    """A duration as 1:20 or 2:01:20."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,0 +1,45 @@
+"""SIGINT and SIGTERM as a wish: the run stops at the next chunk with a checkpoint; a second signal ends it at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+
+class StopRequested(Exception):
+    """A signal came; the step under way is abandoned, it has changed no weight."""
+
+
+class StopSignals:
+    """While entered, the first SIGINT or SIGTERM is noted, and the second does what it does elsewhere."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        # Handlers can be set in the main thread only; elsewhere signals keep their usual meaning.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def raise_if_requested(self) -> None:
+        """Raise StopRequested if a signal has come."""
+        if self.name is not None:
+            raise StopRequested(self.name)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous.clear()

@@ -1,0 +1,44 @@
+"""Loss on held-out documents: each whole, from a fresh state, without a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from infctx.data.chunking import validation_batches
+from infctx.data.document import Document
+from infctx.model.state import ModelState
+from infctx.training.bptt import forward_through_chunks
+from infctx.training.step import chunk_to
+
+
+def validation_loss(
+    objective: Callable[..., tuple[Tensor, ...]],
+    documents: Sequence[Document],
+    *,
+    rows: int,
+    chunk_tokens: int,
+    fresh_state: Callable[[int], ModelState],
+    before_chunk: Callable[[], None] = lambda: None,
+) -> float:
+    """One weighted mean over all documents.
+
+    Args:
+        rows: documents run side by side.
+        fresh_state: the state of so many fresh rows.
+        before_chunk: called before every batch; may raise to stop.
+    """
+    loss_sum = 0.0
+    weight_total = 0.0
+    with torch.no_grad():
+        for sequence in validation_batches(documents, rows=rows, chunk_tokens=chunk_tokens):
+            state = fresh_state(sequence.chunks[0].tokens.shape[0])
+            device = state.wkv.device
+            for chunk in sequence.chunks:
+                before_chunk()
+                loss, state = forward_through_chunks(objective, [chunk_to(chunk, device)], state)
+                loss_sum += float(loss)
+            weight_total += sequence.weight_total
+    return loss_sum / weight_total

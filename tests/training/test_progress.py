@@ -1,0 +1,256 @@
+"""What a person sees: which form is chosen, plain lines and when, and a live bar that fits 80 columns."""
+
+import io
+import re
+from collections.abc import Iterator
+
+import pytest
+from rich.console import Console
+
+from infctx.training.progress import (
+    LiveProgress,
+    Pace,
+    PlainProgress,
+    Progress,
+    SilentProgress,
+    clock_text,
+    make_progress,
+)
+
+
+class FakeClock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.seconds = 100.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def report(step: int, **more: object) -> dict[str, object]:
+    return {
+        "step": step,
+        "tokens": 4096,
+        "loss": 2.345,
+        "lr": 2e-4,
+        "grad_norm": 0.5,
+        "tokens_per_second": 12345.4,
+        "peak_device_bytes": 512_000_000,
+        "peak_host_bytes": 2_000_000_000,
+        "seconds": 1.0,
+        **more,
+    }
+
+
+def plain_run(num_steps: int, *, total: int | None, seconds_a_step: float, every: float = 5.0) -> list[str]:
+    stream, clock = io.StringIO(), FakeClock()
+    progress = PlainProgress(stream, every_seconds=every, clock=clock)
+    progress.start(total, ["Finch", "4 chunks"])
+    for step in range(1, num_steps + 1):
+        clock.seconds += seconds_a_step
+        progress.step(report(step))
+    progress.finish()
+    return stream.getvalue().splitlines()
+
+
+def test_a_plain_line() -> None:
+    stream, clock = io.StringIO(), FakeClock()
+    progress = PlainProgress(stream, every_seconds=0, clock=clock)
+    progress.start(400, [])
+    for step in (119, 120):
+        clock.seconds += 2 / 7
+        progress.step(report(step))
+    assert stream.getvalue().splitlines()[1] == (
+        "step 120/400  loss 2.345  12,345 tokens/s  peak 512 MB  lr 2.0e-04  eta 1:20"
+    )
+
+
+def test_plain_lines_come_every_few_seconds_and_first_and_last_always() -> None:
+    lines = plain_run(12, total=12, seconds_a_step=1)
+    assert lines[:2] == ["Finch", "4 chunks"]
+    assert [line.split("/")[0] for line in lines[2:]] == ["step 1", "step 6", "step 11", "step 12"]
+
+
+def test_slow_steps_are_all_shown() -> None:
+    assert len(plain_run(4, total=4, seconds_a_step=9)) == 2 + 4
+
+
+def test_a_run_that_ends_early_or_has_no_known_end_shows_its_last_step() -> None:
+    assert plain_run(3, total=12, seconds_a_step=1)[-1].startswith("step 3/12 ")
+    lines = plain_run(3, total=None, seconds_a_step=1)
+    assert lines[-1].startswith("step 3  loss")
+    assert "eta" not in lines[-1]
+
+
+def test_finishing_twice_or_without_a_step_prints_nothing_more() -> None:
+    stream = io.StringIO()
+    progress = PlainProgress(stream)
+    progress.finish()
+    progress.start(3, [])
+    progress.finish()
+    progress.step(report(1))
+    progress.finish()
+    progress.finish()
+    assert len(stream.getvalue().splitlines()) == 1
+
+
+def test_a_validated_step_is_always_shown_with_its_loss() -> None:
+    stream, clock = io.StringIO(), FakeClock()
+    progress = PlainProgress(stream, every_seconds=60, clock=clock)
+    progress.start(9, [])
+    progress.step(report(1))
+    progress.step(report(2))
+    progress.step(report(3, val_loss=1.25))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2
+    assert "val 1.250" in lines[1]
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_numbers_that_are_missing_are_a_dash(value: object) -> None:
+    stream = io.StringIO()
+    progress = PlainProgress(stream)
+    progress.start(2, [])
+    progress.step(report(1, loss=value, lr=value, tokens_per_second=value, peak_device_bytes=value))
+    progress.step({"step": 2})
+    assert stream.getvalue().splitlines() == [
+        "step 1/2  loss –  – tokens/s  peak 2,000 MB  lr –",
+        "step 2/2  loss –  – tokens/s  peak –  lr –  eta 0:00",
+    ]
+
+
+def test_remaining_time_starts_from_the_resumed_step_and_leaves_the_first_out() -> None:
+    clock = FakeClock()
+    pace = Pace(clock, 100)
+    clock.seconds += 60
+    pace.step(report(51))
+    assert pace.remaining_seconds() is None
+    clock.seconds += 2
+    pace.step(report(52))
+    assert pace.remaining_seconds() == pytest.approx(48 * 2)
+    clock.seconds += 4
+    pace.step(report(53))
+    assert pace.remaining_seconds() == pytest.approx(47 * 3)
+    pace.step(report(100))
+    assert pace.remaining_seconds() == 0
+
+
+def test_smoothed_loss_is_a_mean_from_the_first_step_on() -> None:
+    pace = Pace(FakeClock(), 10)
+    assert pace.smoothed_loss is None
+    pace.step(report(1, loss=4.0))
+    assert pace.smoothed_loss == pytest.approx(4.0)
+    pace.step(report(2, loss=float("nan")))
+    assert pace.smoothed_loss == pytest.approx(4.0)
+    pace.step(report(3, loss=2.0))
+    assert pace.smoothed_loss == pytest.approx((0.9 * 4 + 2) / 1.9)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (80, "1:20"), (7280, "2:01:20")])
+def test_clock_text(seconds: float, text: str) -> None:
+    assert clock_text(seconds) == text
+
+
+@pytest.fixture
+def live() -> Iterator[tuple[LiveProgress, io.StringIO, FakeClock]]:
+    stream, clock = io.StringIO(), FakeClock()
+    console = Console(file=stream, width=80, force_terminal=True, color_system=None)
+    progress = LiveProgress(console, clock=clock)
+    yield progress, stream, clock
+    progress.finish()
+
+
+def last_frame(stream: io.StringIO) -> list[str]:
+    """The lines that stay on the screen: what was printed after the cursor last moved up."""
+    text = re.split(r"\x1b\[[0-9]*A", stream.getvalue())[-1]
+    return [line for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r", "").split("\n") if line.strip()]
+
+
+def test_live_shows_the_numbers_within_80_columns(live: tuple[LiveProgress, io.StringIO, FakeClock]) -> None:
+    progress, stream, clock = live
+    progress.start(400, ["Finch 1.6B [bf16] :smile:"])
+    progress.step(report(119, loss=3.0))
+    clock.seconds += 2
+    progress.step(report(120, loss=2.0))
+    progress.message("checkpoint runs/[x]/step-000120")
+    progress.finish()
+    bar, numbers = last_frame(stream)[-2:]
+    assert "step 120/400" in bar
+    assert "30%" in bar
+    assert "eta 9:20" in bar
+    assert "━" in bar
+    assert numbers.rstrip() == "loss 2.000  smooth 2.474  12,345 tokens/s  512 MB  lr 2.0e-04"
+    assert "Finch 1.6B [bf16] :smile:" in stream.getvalue()
+    assert "checkpoint runs/[x]/step-000120" in stream.getvalue()
+
+
+def test_live_with_the_longest_numbers_still_fits(live: tuple[LiveProgress, io.StringIO, FakeClock]) -> None:
+    progress, stream, clock = live
+    progress.start(400_000, [])
+    progress.step(report(100_000))
+    clock.seconds += 3
+    progress.step(
+        report(
+            100_001, loss=123.456, val_loss=123.456, tokens_per_second=1_234_567.0, peak_device_bytes=1_239_000_000_000
+        )
+    )
+    progress.finish()
+    bar, numbers = last_frame(stream)[-2:]
+    assert len(bar) <= 80
+    assert len(numbers) <= 80
+    assert "100001/400000" in bar
+    assert re.search(r"[━╸ ]{30}", bar), "the bar itself must keep a readable length"
+    assert "val 123.456" in numbers
+    assert "1,239.0 GB" in numbers
+
+
+def test_live_gives_the_terminal_back(live: tuple[LiveProgress, io.StringIO, FakeClock]) -> None:
+    progress, stream, _ = live
+    progress.start(None, [])
+    progress.step(report(1))
+    assert "\x1b[?25l" in stream.getvalue()
+    progress.finish()
+    progress.finish()
+    assert stream.getvalue().count("\x1b[?25l") == stream.getvalue().count("\x1b[?25h") == 1
+
+
+def test_live_may_be_started_again(live: tuple[LiveProgress, io.StringIO, FakeClock]) -> None:
+    progress, stream, _ = live
+    for total in (5, 7):
+        progress.start(total, [])
+        progress.step(report(1))
+    progress.finish()
+    assert [line for line in last_frame(stream) if "step 1/" in line][-1].startswith("step 1/7")
+
+
+def test_a_terminal_gets_the_live_form_and_a_file_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert isinstance(make_progress(Terminal()), LiveProgress)
+    assert isinstance(make_progress(io.StringIO()), PlainProgress)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert isinstance(make_progress(io.StringIO()), PlainProgress), "colour in a log is no wish for a moving bar"
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(make_progress(Terminal()), PlainProgress)
+
+
+def test_the_default_stream_is_standard_error_of_the_moment(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = make_progress()
+    progress.message("hello")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "hello\n")
+
+
+def test_silent_is_a_progress_and_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    progress: Progress = SilentProgress()
+    progress.start(3, ["x"])
+    progress.step(report(1))
+    progress.message("y")
+    progress.finish()
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
