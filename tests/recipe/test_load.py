@@ -90,6 +90,7 @@ def test_unknown_key_names_line_and_nearest(recipe_file: Path) -> None:
         ("  warmup_step: 5\n", "optimizer.warmup_steps"),
         ("  accumulat: 5\n", "run.accumulate"),
         ("optimiser: {lr: 1}\n", "optimizer"),
+        ("epochs: 3\n", "run.epochs"),
         ("lr: 1\n", "optimizer.lr"),
         ("window: 1\n", "bptt.window"),
     ],
@@ -329,7 +330,15 @@ def test_written_recipe_reads_back_resolved(recipe_file: Path, tmp_path: Path, o
     assert list(plain) == ["model", "data", "adapter", "bptt", "optimizer", "kernel", "run"]
 
 
-def test_writing_is_whole_or_not_at_all(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_name_elsewhere_comes_before_one_alike_here(recipe_file: Path) -> None:
+    message = complaint(recipe_file, MINIMAL.replace("lr: 1e-5", "lr: 1e-5\n  epochs: 3"))
+    assert message == "recipe.yaml, line 5: optimizer.epochs: unknown key. Did you mean run.epochs?"
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_writing_is_whole_or_not_at_all(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
     recipe = load_recipe(recipe_file)
     target = tmp_path / "run" / "recipe.yaml"
     target.parent.mkdir()
@@ -338,7 +347,7 @@ def test_writing_is_whole_or_not_at_all(recipe_file: Path, tmp_path: Path, monke
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full_disk)
+    monkeypatch.setattr(os, failing, full_disk)
     with pytest.raises(OSError, match="No space"):
         write_recipe(recipe, target)
     assert target.read_text() == "old"
