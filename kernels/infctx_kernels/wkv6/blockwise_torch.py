@@ -1,13 +1,14 @@
 """The recurrence in blocks, by recursive halving: exact for every decay, on any device, with torch alone.
 
 Inside a block, token i reads token j < i through the decays between them. Cut the block in halves: then every such pair
-across the cut is (sum of decays from j to the cut) + (sum from the cut to i), so that
+across the cut decays from j to the cut and from the cut to i, so that
 
-    scores[second half, first half] = (r · exp(prefix)) (k · exp(suffix))^T
+    scores[second half, first half] = (r · decay since the cut) (k · decay up to the cut)^T
 
-and the same again inside each half. Prefixes and suffixes grow from the bottom up by adding the other half's total.
-No exponent is ever positive and none is a difference of two long sums, which is where chunked forms lose their digits
-(or overflow, and are then given a clamp on the decay that changes the model).
+and the same again inside each half. Going from halves of one token upwards, r and k only have to be multiplied by the
+decay of the other half at each level. No factor is ever above 1, nothing is divided by a decay and no exponent is a
+difference of two long sums, which is where chunked forms lose their digits (or overflow, and are then given a clamp on
+the decay that changes the model).
 
 A document that starts inside a block is a cut of infinite decay before its first token, and reads from the start state.
 """
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_TOKENS = 32
-# exp of either is 0 in float64 too, and sums of a block of them stay finite: no inf - inf, no 0 * inf in the backward.
+# exp of either is 0 in float64 too, and sums of a block of them stay finite: no 0 · inf in the backward pass.
 SMALLEST_LOG_DECAY = -1.0e5
 DOCUMENT_CUT = -1.0e6
 
@@ -49,20 +50,20 @@ def wkv6_blockwise(
     log_w = in_blocks(log_decay.clamp(min=SMALLEST_LOG_DECAY))
     starts_in_blocks = None if starts is None else F.pad(starts, (0, padding)).view(rows, num_blocks, block)
 
-    output = (r * k * bonus[:, None, None, :]).sum(-1, keepdim=True) * v
-    within, prefix, suffix, total = _halves(r, k, v, log_w, starts_in_blocks)
-    output = output + within
-    written = (k * torch.exp(suffix)).transpose(-1, -2) @ v  # [B, H, blocks, N, N]
+    own = (r * k * bonus[:, None, None, :]).sum(-1, keepdim=True) * v
+    reads, since_front, until_end, total = _halves(r, k, v, log_w, starts_in_blocks)
+    output = own + reads
+    written = until_end.transpose(-1, -2) @ v  # [B, H, blocks, N, N]
     if starts_in_blocks is not None and start_state is not None:
-        reads, rest = _reads_of_start_state(r, log_w, starts_in_blocks, start_state)
-        output, written = output + reads, written + rest
+        start_reads, rest = _reads_of_start_state(r, log_w, starts_in_blocks, start_state)
+        output, written = output + start_reads, written + rest
 
     block_decay = torch.exp(total)[..., None]
     block_states = []
     for i in range(num_blocks):
         block_states.append(state)
         state = block_decay[:, :, i] * state + written[:, :, i]
-    output = output + (r * torch.exp(prefix)) @ torch.stack(block_states, dim=2)
+    output = output + since_front @ torch.stack(block_states, dim=2)
     output = output.permute(0, 2, 3, 1, 4).reshape(rows, num_blocks * block, heads, head_size)
     return output[:, :num_tokens], state
 
@@ -70,39 +71,35 @@ def wkv6_blockwise(
 def _halves(
     r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, starts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What each token reads from earlier tokens of its block, and the block's decay sums.
+    """What each token reads from earlier tokens of its block, and what ties the block to its neighbours.
 
-    Returns: reads [.., block, N]; prefix [.., block, N], the log decay from the block's front to each token; suffix,
-    from behind each token to the block's end; total [.., N]. A document's start is in all three as DOCUMENT_CUT.
+    Returns: reads [.., block, N]; r times the decay from the block's front to each token, and k times the decay from
+    behind each token to the block's end, both [.., block, N]; the block's whole log decay [.., N].
     """
     lead, block, head_size = r.shape[:-2], r.shape[-2], r.shape[-1]
-    cut = torch.zeros_like(log_w[..., :1])
+    # The way into token i crosses i's own cut but not i's own decay; the way out of j crosses neither of j's.
+    total = log_w
     if starts is not None:
-        cut = cut.masked_fill(starts[:, None, :, :, None], DOCUMENT_CUT)
-    # The path into token i crosses i's own cut but not i's own decay; the path out of j crosses neither of j's.
-    prefix = cut.expand_as(log_w)
-    suffix = torch.zeros_like(log_w)
-    total = log_w + cut
+        cut = starts[:, None, :, :, None]
+        r, total = r.masked_fill(cut, 0.0), log_w.masked_fill(cut, DOCUMENT_CUT)
     reads = torch.zeros_like(v)
     half = 1
     while half < block:
         pairs = (*lead, block // (2 * half), 2, half, head_size)
-        _, r_second = r.reshape(pairs).unbind(-3)
-        k_first, _ = k.reshape(pairs).unbind(-3)
-        v_first, _ = v.reshape(pairs).unbind(-3)
-        prefix_first, prefix_second = prefix.reshape(pairs).unbind(-3)
-        suffix_first, suffix_second = suffix.reshape(pairs).unbind(-3)
-        total_first, total_second = total.reshape(*lead, block // (2 * half), 2, head_size).unbind(-2)
+        r, k, reads = r.reshape(pairs), k.reshape(pairs), reads.reshape(pairs)
+        scores = r[..., 1, :, :] @ k[..., 0, :, :].transpose(-1, -2)
+        late_reads = scores @ v.reshape(pairs)[..., 0, :, :]
+        reads = reads + F.pad(late_reads.unsqueeze(-3), (0, 0, 0, 0, 1, 0))
 
-        scores = (r_second * torch.exp(prefix_second)) @ (k_first * torch.exp(suffix_first)).transpose(-1, -2)
-        late_reads = (scores @ v_first).unsqueeze(-3)
-        reads = reads + F.pad(late_reads, (0, 0, 0, 0, 1, 0)).reshape(reads.shape)
-
-        prefix = torch.stack([prefix_first, prefix_second + total_first[..., None, :]], dim=-3).reshape(reads.shape)
-        suffix = torch.stack([suffix_first + total_second[..., None, :], suffix_second], dim=-3).reshape(reads.shape)
-        total = total_first + total_second
+        totals = total.reshape(*lead, block // (2 * half), 2, head_size)
+        decay_first, decay_second = torch.exp(totals).unbind(-2)
+        untouched = torch.ones_like(decay_first)
+        r = r * torch.stack([untouched, decay_first], dim=-2)[..., None, :]
+        k = k * torch.stack([decay_second, untouched], dim=-2)[..., None, :]
+        total = totals.sum(-2)
         half *= 2
-    return reads, prefix, suffix, total.reshape(*lead, head_size)
+    in_block = (*lead, block, head_size)
+    return reads.reshape(in_block), r.reshape(in_block), k.reshape(in_block), total.reshape(*lead, head_size)
 
 
 def _reads_of_start_state(r: Tensor, log_w: Tensor, starts: Tensor, start_state: Tensor) -> tuple[Tensor, Tensor]:
