@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # Read by the rwkv wheel, the oracle of the model tests, when it is imported: plain torch, no compiled extensions.
 os.environ.update({"RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"})
 
+import jaxtyping
 import pytest
 import torch
 
@@ -71,3 +72,11 @@ def random_finch(
 @pytest.fixture(scope="session")
 def make_finch() -> Callable[..., Finch]:
     return random_finch
+
+
+@pytest.fixture
+def _as_users_run_it() -> Iterator[None]:
+    """Without the shape checks that tests add: what is wrong reaches the function's own checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -9,7 +9,7 @@ import codecs
 import functools
 import importlib.resources
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ TokenIds = npt.NDArray[np.integer[Any]]
 _WORLD_VOCABULARY_FILE = "rwkv_vocab_v20230424.txt"
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the rest of the program may ask of a tokenizer."""
 

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol, TextIO
+from typing import Protocol, TextIO, runtime_checkable
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,6 +16,7 @@ SMOOTHING = 0.9
 """Share of the past in the smoothed loss: it looks back over about ten steps."""
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Shows a run as it goes.
 

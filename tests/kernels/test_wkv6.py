@@ -228,6 +228,7 @@ def test_the_given_state_is_not_changed(backend: str) -> None:
     assert new_state.data_ptr() != inputs[5].data_ptr()
 
 
+@pytest.mark.usefixtures("_as_users_run_it")
 def test_wrong_arguments_say_what_was_expected() -> None:
     receptance, key, value, raw, bonus, state, start = (x.float() for x in make_inputs(5, (-6.0, 1.0)))
     good = {"receptance": receptance, "key": key, "value": value, "log_decay": -raw.exp(), "bonus": bonus}

@@ -261,6 +261,7 @@ def test_logits_of_all_tokens_never_exist(make_finch: Callable[..., Finch], monk
     assert max(relative_errors(found, {name: expected[name] for name in found}).values()) < 1e-10
 
 
+@pytest.mark.usefixtures("_as_users_run_it")
 def test_wrong_arguments_say_what_was_expected(make_finch: Callable[..., Finch]) -> None:
     model = make_finch("6")
     tokens = torch.randint(0, 50, (2, 9))
