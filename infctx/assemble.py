@@ -170,6 +170,7 @@ class _Parts:
     adapter: Adapter
     data: RunData
     backend: str
+    num_base_parameters: int
 
 
 def _open_parts(recipe: Recipe) -> _Parts:
@@ -182,11 +183,19 @@ def _open_parts(recipe: Recipe) -> _Parts:
         raise RecipeError(f"kernel.backend: {error}") from error
     model_file.model.use_backend(backend)
     data = open_data(recipe, model_file=model_file)
+    num_base_parameters = sum(parameter.numel() for parameter in model_file.model.parameters())
     # New adapter weights are drawn from the global generator.
     torch.manual_seed(recipe.run.seed)
     adapter = _attach(recipe, model_file.model)
     apply_precision_(model_file.model, engine.precision)
-    return _Parts(engine=engine, model_file=model_file, adapter=adapter, data=data, backend=str(backend))
+    return _Parts(
+        engine=engine,
+        model_file=model_file,
+        adapter=adapter,
+        data=data,
+        backend=str(backend),
+        num_base_parameters=num_base_parameters,
+    )
 
 
 def _attach(recipe: Recipe, model: Finch) -> Adapter:
@@ -285,7 +294,6 @@ def _headline(recipe: Recipe, parts: _Parts) -> list[str]:
     """What a run is, in words, before it starts."""
     model, data = parts.model_file.model, parts.data
     config = model.config
-    count = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     name = {"6": "Finch (RWKV-6)", "5.2": "Eagle (RWKV-5.2)"}[config.version]
     kind = "full" if recipe.adapter.kind == "full" else f"LoRA rank {recipe.adapter.rank}"
@@ -293,9 +301,8 @@ def _headline(recipe: Recipe, parts: _Parts) -> list[str]:
     held_out = sum(len(document) for document in data.validation)
     rejected = f", {len(data.loaded.rejected):,} rows skipped" if data.loaded.rejected else ""
     return [
-        f"model      {name}, {config.n_layer} layers × {config.n_embd} channels, {count:,} parameters with the adapter"
-        if kind != "full"
-        else f"model      {name}, {config.n_layer} layers × {config.n_embd} channels, {count:,} parameters",
+        f"model      {name}, {config.n_layer} layers × {config.n_embd} channels, "
+        f"{parts.num_base_parameters:,} parameters",
         f"trained    {trained:,} parameters ({kind})",
         f"data       {len(data.training):,} documents, {train_tokens:,} tokens ({data.tokenizer}); "
         f"held out {held_out:,} tokens{rejected}",

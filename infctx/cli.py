@@ -17,6 +17,8 @@ import typer
 from infctx.errors import InfctxError
 
 EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_STOPPED, EXIT_MACHINE = 0, 1, 2, 3, 4
+# What shells report of a program that an interrupt ended: there was no checkpoint to write, or no time for it.
+EXIT_INTERRUPTED = 130
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 app = typer.Typer(
@@ -270,7 +272,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except InfctxError as error:
         _leave(EXIT_USER, f"Error: {error}")
     except KeyboardInterrupt:
-        _leave(EXIT_STOPPED, "Stopped before the next checkpoint was written.")
+        _leave(EXIT_INTERRUPTED, "Interrupted; nothing since the last checkpoint was saved.")
     except Exception as error:
         _leave(*_judge(error))
     sys.exit(EXIT_DONE)

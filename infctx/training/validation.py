@@ -9,6 +9,7 @@ from torch import Tensor
 
 from infctx.data.chunking import validation_batches
 from infctx.data.document import Document
+from infctx.errors import DataError
 from infctx.model.state import ModelState
 from infctx.training.bptt import forward_through_chunks
 from infctx.training.step import chunk_to
@@ -28,7 +29,9 @@ def validation_loss(
     Args:
         rows: documents run side by side.
         fresh_state: the state of so many fresh rows.
-        before_chunk: called before every batch; may raise to stop.
+        before_chunk: called before every chunk; may raise to stop.
+    Raises:
+        DataError: no token of the documents has a weight.
     """
     loss_sum = 0.0
     weight_total = 0.0
@@ -41,4 +44,9 @@ def validation_loss(
                 loss, state = forward_through_chunks(objective, [chunk_to(chunk, device)], state)
                 loss_sum += float(loss)
             weight_total += sequence.weight_total
+    if weight_total == 0:
+        raise DataError(
+            f"the {len(documents)} held-out documents have nothing to predict: every weight is 0. "
+            "Hold out others with data.validation, or none."
+        )
     return loss_sum / weight_total
