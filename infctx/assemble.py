@@ -31,11 +31,12 @@ from infctx.training.loop import LoopSettings, Run, train
 from infctx.training.metrics import MetricsLog
 from infctx.training.optim import LearningRate, make_adamw, parameter_groups
 from infctx.training.precision import apply_precision_
-from infctx.training.progress import Progress
+from infctx.training.progress import LoggedProgress, Progress
 from infctx_kernels import BackendError, choose_backend
 
 RECIPE_FILE = "recipe.yaml"
 RESULT_FILE = "result.json"
+LOG_FILE = "run.log"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +120,7 @@ def run_recipe(recipe: Recipe, progress: Progress, *, fresh: bool = False) -> di
     with RunLock(folder):
         _check_folder(folder, recipe)
         write_recipe(recipe, folder / RECIPE_FILE)
-        done = train(_assemble(recipe, parts, progress))
+        done = train(_assemble(recipe, parts, LoggedProgress(progress, folder / LOG_FILE)))
         result = {
             "steps": done.step,
             "train_loss": done.train_loss,

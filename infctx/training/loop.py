@@ -126,6 +126,7 @@ def _run_steps(run: Run, done: Done, row_states: list[ModelState], signals: Stop
             row_states = _one_step(run, done, data, row_states, signals)
         except StopRequested:
             _save(run, done, place)
+            run.progress.message(f"stopped by {signals.name}; a checkpoint of step {done.step} is written")
             raise
     _save(run, done, place)
     return done

@@ -1,9 +1,11 @@
 """What a person sees while it runs: a live bar on a terminal, plain lines in a file, or nothing."""
 
+import io
 import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Protocol, TextIO, runtime_checkable
 
 from rich.console import Console, Group
@@ -121,6 +123,54 @@ class PlainProgress:
             f"eta {clock_text(eta_seconds)}" if eta_seconds is not None else "",
         ]
         return "  ".join(part for part in parts if part)
+
+
+class LoggedProgress:
+    """Shows a run on another progress and writes it as plain lines to the end of a file.
+
+    The log is worth less than the run: a disk that cannot be written is told of once, and the run goes on.
+    """
+
+    def __init__(self, shown: Progress, path: Path) -> None:
+        self._shown = shown
+        self._path = path
+        self._lines = io.StringIO()
+        self._log = PlainProgress(self._lines)
+        self._has_failed = False
+
+    def start(self, total_steps: int | None, headline: list[str]) -> None:
+        """Open the log with the time, for a run may be continued many times."""
+        self._shown.start(total_steps, headline)
+        self._write(lambda log: log.start(total_steps, [time.strftime("%Y-%m-%d %H:%M:%S %z"), *headline]))
+
+    def step(self, report: Mapping[str, object]) -> None:
+        """Show and write a step."""
+        self._shown.step(report)
+        self._write(lambda log: log.step(report))
+
+    def message(self, text: str) -> None:
+        """Show and write a line."""
+        self._shown.message(text)
+        self._write(lambda log: log.message(text))
+
+    def finish(self) -> None:
+        """Show and write the last step."""
+        self._shown.finish()
+        self._write(lambda log: log.finish())
+
+    def _write(self, write: Callable[[PlainProgress], None]) -> None:
+        write(self._log)
+        lines = self._lines.getvalue()
+        self._lines.seek(0)
+        self._lines.truncate()
+        try:
+            if lines and not self._has_failed:
+                # Opened anew each time: what is written is there, whatever happens next.
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(lines)
+        except OSError as error:
+            self._has_failed = True
+            self._shown.message(f"cannot write {self._path} ({error.strerror or error}): the run goes on without it")
 
 
 class LiveProgress:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from infctx.training.progress import (
     LiveProgress,
+    LoggedProgress,
     Pace,
     PlainProgress,
     Progress,
@@ -254,3 +255,27 @@ def test_silent_is_a_progress_and_prints_nothing(capsys: pytest.CaptureFixture[s
     progress.finish()
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+def test_a_log_gets_plain_lines_beside_what_is_shown(tmp_path) -> None:
+    shown = io.StringIO()
+    for _ in range(2):
+        logged = LoggedProgress(PlainProgress(shown), tmp_path / "run.log")
+        logged.start(2, ["headline"])
+        logged.step({"step": 1, "loss": 2.5})
+        logged.message("a message")
+        logged.finish()
+    lines = (tmp_path / "run.log").read_text().splitlines()
+    assert lines[1:4] == shown.getvalue().splitlines()[:3]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}", lines[0])
+    assert len(lines) == 8
+
+
+def test_a_log_that_cannot_be_written_is_told_of_once(tmp_path) -> None:
+    shown = io.StringIO()
+    logged = LoggedProgress(PlainProgress(shown), tmp_path / "missing" / "run.log")
+    logged.start(2, ["headline"])
+    logged.message("a message")
+    logged.finish()
+    assert shown.getvalue().count("cannot write") == 1
+    assert "a message" in shown.getvalue()
