@@ -1,4 +1,4 @@
-"""From a recipe to live objects: the only file that knows every part."""
+"""From a recipe to live objects: the only file that knows every part, and therefore one of the longest."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ from infctx.recipe.load import load_recipe, recipe_differences, write_recipe
 from infctx.recipe.schema import Recipe
 from infctx.training.bptt import ChunkObjective
 from infctx.training.fabric_run import FabricEngine
-from infctx.training.loop import LoopSettings, Run, train
+from infctx.training.loop import train
 from infctx.training.metrics import MetricsLog
 from infctx.training.optim import LearningRate, make_adamw, parameter_groups
 from infctx.training.precision import apply_precision_
 from infctx.training.progress import LoggedProgress, Progress
+from infctx.training.run import LoopSettings, Run
 from infctx_kernels import BackendError, choose_backend
 
 RECIPE_FILE = "recipe.yaml"

@@ -1,0 +1,85 @@
+"""The nouns of a run: its live objects, how far it is, and where the next step begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from infctx.data.document import Document
+from infctx.data.step_source import StepSource
+from infctx.model.finch import Finch
+from infctx.model.state import ModelState
+from infctx.training.bptt import Window
+from infctx.training.metrics import MetricsLog
+from infctx.training.optim import LearningRate
+from infctx.training.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopSettings:
+    """Counts of `every` are in steps; None = never between the first and the last."""
+
+    window: Window
+    chunk_tokens: int
+    rows: int
+    clip: float | None
+    checkpoint_every: int | None
+    validate_every: int | None
+    keep_checkpoints: int
+    max_nonfinite_steps: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """The live objects of a run.
+
+    objective and optimizer are what the engine returned; model is what they wrap. facts are written into every
+    checkpoint. save_adapter writes the adapter folder.
+    """
+
+    folder: Path
+    model: Finch
+    objective: nn.Module
+    optimizer: torch.optim.Optimizer
+    backward: Callable[[Tensor], None]
+    device: torch.device
+    source: StepSource
+    validation: Sequence[Document]
+    learning_rate: LearningRate
+    settings: LoopSettings
+    metrics: MetricsLog
+    progress: Progress
+    headline: Sequence[str]
+    facts: Mapping[str, object]
+    save_adapter: Callable[[], None]
+
+
+@dataclass(kw_only=True, slots=True)
+class Done:
+    """How far a run is. All of it is in every checkpoint.
+
+    owed: the last step's line of metrics, until its validation, if one is due, has been measured.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    train_loss: float | None = None
+    first_val_loss: float | None = None
+    val_loss: float | None = None
+    steps_without_target: int = 0
+    nonfinite_steps: int = 0
+    nonfinite_in_a_row: int = 0
+    owed: dict[str, object] | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class Place:
+    """Where the next step begins: what it would need to be run again."""
+
+    cursor: dict[str, object]
+    random_state: dict[str, Tensor]
+    row_states: list[ModelState] = field(default_factory=list)
