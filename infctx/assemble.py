@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 import infctx
 from infctx.adapters.catalog import ATTACH, Adapter
-from infctx.checkpoint.atomic import remove_tree, replace_directory, write_file_atomically
+from infctx.checkpoint.atomic import remove_unfinished, replace_directory, write_file_atomically
 from infctx.checkpoint.model_file import ModelFile, read_model_file
 from infctx.checkpoint.run_lock import RunLock
 from infctx.checkpoint.run_state import RunState, load_run_state
@@ -21,7 +22,7 @@ from infctx.data.load import LoadedData, load_documents, split_tail, split_valid
 from infctx.data.step_source import StepSource
 from infctx.data.stream import DocumentSource, StreamSource
 from infctx.data.tokenizer import tokenizer_by_name, tokenizer_for_vocab
-from infctx.errors import CheckpointError, DataError, RecipeError
+from infctx.errors import CheckpointError, DataError, MachineError, RecipeError, machine_fault
 from infctx.model.finch import Finch
 from infctx.recipe.load import load_recipe, recipe_differences, write_recipe
 from infctx.recipe.schema import Recipe
@@ -38,6 +39,7 @@ from infctx_kernels import BackendError, choose_backend
 RECIPE_FILE = "recipe.yaml"
 RESULT_FILE = "result.json"
 LOG_FILE = "run.log"
+RESULT_KEYS = ("steps", "train_loss", "val_loss", "first_val_loss", "tokens", "folder")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,37 +109,46 @@ def run_recipe(recipe: Recipe, progress: Progress, *, fresh: bool = False) -> di
         fresh: leave a used run folder alone and begin beside it.
     Returns:
         steps, train_loss, val_loss, first_val_loss, tokens, folder; and already_finished, True where nothing was done.
+    Raises:
+        MachineError: the disk or the memory failed; names the last good checkpoint.
     """
-    recipe = recipe.resolved()
+    recipe = _from_anywhere(recipe.resolved())
     if fresh:
         recipe = _beside(recipe)
     folder = Path(recipe.run.folder)
-    _check_folder(folder, recipe)
+    recipe = _as_begun(folder, recipe)
     if (finished := _result(folder)) is not None:
         return {**finished, "already_finished": True}
-    # Everything that can be wrong with the recipe, the model or the data is found before the folder is made.
-    parts = _open_parts(recipe)
-    folder.mkdir(parents=True, exist_ok=True)
-    with RunLock(folder):
-        _check_folder(folder, recipe)
-        write_recipe(recipe, folder / RECIPE_FILE)
-        done = train(_assemble(recipe, parts, LoggedProgress(progress, folder / LOG_FILE)))
-        result = {
-            "steps": done.step,
-            "train_loss": done.train_loss,
-            "val_loss": done.val_loss,
-            "first_val_loss": done.first_val_loss,
-            "tokens": done.tokens,
-            "folder": str(folder),
-        }
-        write_file_atomically(folder / RESULT_FILE, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    try:
+        # Everything that can be wrong with the recipe, the model or the data is found before the folder is made.
+        parts = _open_parts(recipe)
+        folder.mkdir(parents=True, exist_ok=True)
+        with RunLock(folder):
+            return _run_in_folder(recipe, parts, progress, folder)
+    except Exception as error:
+        if (fault := machine_fault(error)) is not None:
+            raise MachineError(f"{fault}\n{_last_checkpoint(folder)}") from error
+        raise
+
+
+def _run_in_folder(recipe: Recipe, parts: _Parts, progress: Progress, folder: Path) -> dict[str, Any]:
+    # Another process may have been here between the first look and the lock.
+    _as_begun(folder, recipe)
+    if (finished := _result(folder)) is not None:
+        return {**finished, "already_finished": True}
+    remove_unfinished(folder)
+    write_recipe(_with_choices(recipe, parts), folder / RECIPE_FILE)
+    done = train(_assemble(recipe, parts, LoggedProgress(progress, folder / LOG_FILE)))
+    values = (done.step, done.train_loss, done.val_loss, done.first_val_loss, done.tokens, str(folder))
+    result = dict(zip(RESULT_KEYS, values, strict=True))
+    write_file_atomically(folder / RESULT_FILE, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
     return {**result, "already_finished": False}
 
 
 def check_recipe(recipe: Recipe) -> list[str]:
     """Open everything a run of the recipe needs, without training; returns what would be printed at its start."""
-    recipe = recipe.resolved()
-    _check_folder(Path(recipe.run.folder), recipe)
+    recipe = _from_anywhere(recipe.resolved())
+    recipe = _as_begun(Path(recipe.run.folder), recipe)
     return _headline(recipe, _open_parts(recipe))
 
 
@@ -197,6 +208,16 @@ def _open_parts(recipe: Recipe) -> _Parts:
         data=data,
         backend=str(backend),
         num_base_parameters=num_base_parameters,
+    )
+
+
+def _with_choices(recipe: Recipe, parts: _Parts) -> Recipe:
+    """The recipe with what this machine decided."""
+    return recipe.model_copy(
+        update={
+            "run": recipe.run.model_copy(update={"precision": parts.engine.precision}),
+            "kernel": recipe.kernel.model_copy(update={"backend": parts.backend}),
+        }
     )
 
 
@@ -269,9 +290,7 @@ def _adapter_writer(adapter: Adapter, folder: Path) -> Callable[[], None]:
 
     def write() -> None:
         if adapter.has_files:
-            # The checkpoint holds the same weights: a crash between the two lines loses nothing.
-            remove_tree(folder)
-            replace_directory(folder, adapter.save)
+            replace_directory(folder, adapter.save, overwrite=True)
 
     return write
 
@@ -325,19 +344,63 @@ def window_in_words(recipe: Recipe) -> str:
     return f"crosses {window} chunks = {window * chunk:,} tokens; the state is carried on"
 
 
-def _check_folder(folder: Path, recipe: Recipe) -> None:
-    """Refuse a folder that belongs to another recipe, or to something else."""
+def _from_anywhere(recipe: Recipe) -> Recipe:
+    """The same recipe with paths that mean the same file from every working directory."""
+
+    def located(path: str) -> str:
+        path = os.path.expanduser(path)
+        return path if path.startswith("{") else os.path.abspath(path)
+
+    data = recipe.data
+    paths = located(data.path) if isinstance(data.path, str) else [located(path) for path in data.path]
+    validation = located(data.validation) if isinstance(data.validation, str) else data.validation
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"path": located(recipe.model.path)}),
+            "data": data.model_copy(update={"path": paths, "validation": validation}),
+            "run": recipe.run.model_copy(update={"folder": os.path.expanduser(recipe.run.folder)}),
+        }
+    )
+
+
+def _as_begun(folder: Path, recipe: Recipe) -> Recipe:
+    """The recipe as it goes on in this folder; refuses a folder of another recipe, or of something else.
+
+    What is left to the machine (precision, backend) stays what it was when the run began.
+    """
     used = folder / RECIPE_FILE
     if used.is_file():
-        differences = recipe_differences(load_recipe(used), recipe)
+        begun = load_recipe(used)
+        run, kernel = recipe.run, recipe.kernel
+        # The folder may have been moved, or be spelt in another way.
+        run = run.model_copy(update={"folder": begun.run.folder})
+        if run.precision == "auto":
+            run = run.model_copy(update={"precision": begun.run.precision})
+        if kernel.backend == "auto":
+            kernel = begun.kernel
+        differences = recipe_differences(begun, recipe.model_copy(update={"run": run, "kernel": kernel}))
         if differences:
             raise RecipeError(
                 f"{folder}: this run folder was made with another recipe:\n  "
                 + "\n  ".join(differences)
                 + "\nGive another run.folder, use the old values, or start beside it with --fresh."
             )
-    elif folder.exists() and (not folder.is_dir() or any(entry.name != ".lock" for entry in folder.iterdir())):
+        run = run.model_copy(update={"folder": str(folder)})
+        return recipe.model_copy(update={"run": run, "kernel": kernel})
+    if folder.exists() and (not folder.is_dir() or any(entry.name != ".lock" for entry in folder.iterdir())):
         raise RecipeError(f"run.folder: {folder} exists and is not a run folder. Give a new one.")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise RecipeError(f"run.folder: {folder} cannot be made: {above} is not a folder that can be written.")
+    return recipe
+
+
+def _last_checkpoint(folder: Path) -> str:
+    """A sentence that names the checkpoint a run would go on from."""
+    checkpoints = sorted((folder / "checkpoints").glob("step-*"))
+    if not checkpoints:
+        return "There is no checkpoint of this run yet."
+    return f"The last good checkpoint is {checkpoints[-1]}; the same command continues from it."
 
 
 def _beside(recipe: Recipe) -> Recipe:
@@ -352,9 +415,11 @@ def _beside(recipe: Recipe) -> Recipe:
 
 def _result(folder: Path) -> dict[str, Any] | None:
     try:
-        return dict(json.loads((folder / RESULT_FILE).read_text()))
-    except FileNotFoundError:
-        return None
+        result = json.loads((folder / RESULT_FILE).read_text())
+    except (OSError, ValueError):
+        result = None
+    # Missing or damaged: the run goes on from its last checkpoint and writes it again.
+    return result if isinstance(result, dict) and result.keys() == set(RESULT_KEYS) else None
 
 
 def _check_base(recipe: Recipe, opened: ModelFile, state: RunState, *, folder: Path) -> None:

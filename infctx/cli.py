@@ -5,8 +5,10 @@ People's output goes to stderr, except for what a command was asked to print; wi
 
 from __future__ import annotations
 
-import errno
+import contextlib
+import itertools
 import json
+import math
 import sys
 import traceback
 from pathlib import Path
@@ -14,12 +16,12 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from infctx.errors import InfctxError
+from infctx.errors import CheckpointError, InfctxError, MachineError, machine_fault
 
 EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_STOPPED, EXIT_MACHINE = 0, 1, 2, 3, 4
 # What shells report of a program that an interrupt ended: there was no checkpoint to write, or no time for it.
 EXIT_INTERRUPTED = 130
-MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+LARGEST_SEED = 2**63 - 1
 
 app = typer.Typer(
     name="infctx",
@@ -90,7 +92,8 @@ def data(
     from infctx.data.tokenizer import tokenizer_by_name
 
     opened = open_data(loaded, model_file=read_model_file(loaded.model.path, dtype=None))
-    account = ledger(opened.loaded.documents, opened.loaded.rejected, dropped=opened.loaded.tokens_dropped)
+    account = ledger(opened.training, opened.loaded.rejected, dropped=opened.loaded.tokens_dropped)
+    account["held_out"] = {"documents": len(opened.validation), "tokens": sum(map(len, opened.validation))}
     if not as_json:
         from infctx.data_view import print_data
 
@@ -120,7 +123,11 @@ def export(
     check_output(output, format=format, force=force)
     trained = open_trained(source)
     save_model(trained.model, output, format=format, dtype=dtypes[dtype], tokenizer=trained.tokenizer)
-    difference = max_logit_difference(trained.model, output)
+    try:
+        difference = max_logit_difference(trained.model, output)
+    except InfctxError:
+        output.unlink()
+        raise
     _say(f"Wrote {output} ({format}, {dtype}, {output.stat().st_size:,} bytes).")
     _say(f"Read back: largest logit difference {difference:.2e} against the float32 source.")
     _answer({"path": str(output), "format": format, "max_logit_difference": difference}, as_json)
@@ -133,7 +140,9 @@ def generate(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 = always the most probable token.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the tokens that make up this much.")] = 0.7,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=LARGEST_SEED, help="The same seed gives the same text.")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="world or bytes, where the model does not say.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -148,12 +157,10 @@ def generate(
     # An empty prompt is a new document: what comes before one is the end of another.
     ids = chosen.encode(prompt).tolist() or [0]
     if max(ids) >= trained.model.config.vocab_size:
-        raise InfctxError(f"--tokenizer {name}: id {max(ids)} is beyond the model's vocabulary.")
+        size = trained.model.config.vocab_size
+        raise InfctxError(f"--tokenizer {name}: id {max(ids)} is beyond the model's vocabulary of {size:,} ids.")
     decoder = StreamDecoder(chosen)
-    pieces = []
-    if not as_json:
-        print(prompt, end="", flush=True)
-    for token in sample_tokens(
+    tokens = sample_tokens(
         trained.model,
         ids,
         max_tokens=max_tokens,
@@ -161,13 +168,17 @@ def generate(
         top_p=top_p,
         seed=seed,
         usable_ids=chosen.vocab_size,
-    ):
-        pieces.append(decoder.push(token))
-        if not as_json:
-            print(pieces[-1], end="", flush=True)
-    pieces.append(decoder.flush())
+    )
+    pieces = []
+    try:
+        for piece in itertools.chain((decoder.push(token) for token in tokens), [decoder.flush()]):
+            if not as_json:
+                print(piece if pieces else prompt + piece, end="", flush=True)
+            pieces.append(piece)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
     if not as_json:
-        print(pieces[-1])
+        print()
     _answer({"prompt": prompt, "text": "".join(pieces)}, as_json)
 
 
@@ -182,7 +193,7 @@ def model_new(
     ffn: Annotated[int | None, typer.Option(min=1, help="Feed-forward width; 3.5 × channels by default.")] = None,
     lerp_rank: Annotated[int | None, typer.Option(min=1, help="Rank of Finch's mixes; 32, or 64 at 4096.")] = None,
     decay_rank: Annotated[int | None, typer.Option(min=1, help="Rank of Finch's decay; 64, or 128 at 4096.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the initial weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the initial weights.")] = 0,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     force: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
     as_json: AsJson = False,
@@ -267,34 +278,35 @@ def recipe_schema(as_json: AsJson = False) -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and leave with its code: 0 done, 1 our bug, 2 yours, 3 stopped by a signal, 4 the machine's."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a sign shows another; it does not end a run.
+        with contextlib.suppress(AttributeError, OSError):
+            stream.reconfigure(errors="replace")
     try:
         app(args=arguments)
     except InfctxError as error:
         _leave(EXIT_USER, f"Error: {error}")
-    except KeyboardInterrupt:
-        _leave(EXIT_INTERRUPTED, "Interrupted; nothing since the last checkpoint was saved.")
+    except SystemExit as done:
+        if done.code == EXIT_INTERRUPTED:
+            _leave(EXIT_INTERRUPTED, "Interrupted; nothing since the last checkpoint was saved.")
+        raise
     except Exception as error:
         _leave(*_judge(error))
     sys.exit(EXIT_DONE)
 
 
 def _judge(error: Exception) -> tuple[int, str]:
-    """Exit code and message of an error that is not one of ours."""
+    """Exit code and message of an error that is not a plain mistake of the user."""
     from infctx.training.signals import StopRequested
 
     if isinstance(error, StopRequested):
         return EXIT_STOPPED, f"Stopped by {error}; a checkpoint is written. The same command continues the run."
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return EXIT_MACHINE, f"Out of memory: {error}\nMake bptt.chunk_tokens or run.rows smaller. {_LAST_CHECKPOINT}"
-    if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
-        return EXIT_MACHINE, f"The machine failed: {error}. {_LAST_CHECKPOINT}"
+    if isinstance(error, MachineError) or machine_fault(error) is not None:
+        return EXIT_MACHINE, f"Error: {machine_fault(error) or error}"
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return EXIT_USER, f"Error: {error.filename}: {error.strerror}."
     traceback.print_exception(error)
     return EXIT_BUG, "This is a bug of infctx, not yours. Please report it with the lines above and the recipe."
-
-
-_LAST_CHECKPOINT = "The last good checkpoint is the one named in the run folder's checkpoints/latest."
 
 
 def _leave(code: int, message: str) -> NoReturn:
@@ -309,12 +321,18 @@ def _load_recipe(path: Path, overrides: list[str] | None) -> Any:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # Nobody may be reading any more.
+        print(text, file=sys.stderr)
 
 
 def _answer(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps({key: _json_value(value) for key, value in result.items()}, allow_nan=False))
+
+
+def _json_value(value: object) -> object:
+    """JSON has no infinity and no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shown(value: object) -> str:

@@ -18,9 +18,8 @@ def print_data(documents: Sequence[Document], tokenizer: Tokenizer, account: Map
     """Print the beginning of each document and the ledger on stdout."""
     console = Console(highlight=False)
     for document in documents:
-        console.print(
-            f"[bold]{document.origin}[/bold]  {len(document):,} tokens, {document.num_trained_tokens:,} trained"
-        )
+        counts = f"{len(document):,} tokens, {document.num_trained_tokens:,} trained"
+        console.print(Text(document.origin, style="bold"), counts, markup=False)
         console.print(_coloured(document, tokenizer))
         console.print()
     tokens = account["tokens"]
@@ -41,6 +40,8 @@ def _coloured(document: Document, tokenizer: Tokenizer) -> Text:
     for i in range(1, len(ids) + 1):
         if i == len(ids) or (weights[i] > 0) != (weights[begin] > 0):
             piece = tokenizer.decode([token for token in ids[begin:i] if token != END_OF_TEXT])
+            # A terminal would obey control characters.
+            piece = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece)
             end = "⏹" if END_OF_TEXT in ids[begin:i] else ""
             text.append(piece + end, style="green" if weights[begin] > 0 else "dim")
             begin = i

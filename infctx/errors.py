@@ -1,7 +1,12 @@
-"""The kinds of mistake a user can make, each with its own name.
+"""The kinds of mistake a user can make, each with its own name, and the machine's faults.
 
 Every message says what was expected, what came, where, and what to do. Our own bugs are `assert`s, not these.
 """
+
+import errno
+
+# Full or failing disks: no space, over quota, over the largest file, input/output error, read-only.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class InfctxError(Exception):
@@ -18,3 +23,22 @@ class DataError(InfctxError):
 
 class CheckpointError(InfctxError):
     """A model file, run folder or export that cannot be read or written."""
+
+
+class MachineError(Exception):
+    """The machine could not do what was asked: a full disk, no memory. The command line exits with 4."""
+
+
+def machine_fault(error: BaseException) -> str | None:
+    """Say what failed in the machine, or None if this error is not the machine's."""
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"The disk failed: {error.strerror or error}{where}."
+    is_out_of_memory = (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    )
+    if is_out_of_memory:
+        return f"Out of memory: {str(error).splitlines()[0] if str(error) else 'the machine has no more'}"
+    return None

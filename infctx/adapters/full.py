@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from infctx.adapters.patterns import matching_parameters
+from infctx.errors import RecipeError
 
 
 class FullFineTuning:
@@ -31,4 +32,6 @@ def attach_full(model: nn.Module, *, freeze: Sequence[str] = ()) -> FullFineTuni
     frozen = matching_parameters(model, freeze, key="adapter.freeze")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RecipeError(f"adapter.freeze: {list(freeze)} freezes every parameter; expected something left to train.")
     return FullFineTuning()

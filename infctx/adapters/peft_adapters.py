@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -27,6 +30,14 @@ class PeftAdapter:
 
     def save(self, folder: Path) -> None:
         """Write peft's own layout into a folder that exists, and the raw parameters, if any, beside it."""
+        try:
+            self._save_with_peft(folder)
+        except SafetensorError as error:
+            # The library has an error of its own for every failure of the disk.
+            number = errno.ENOSPC if "No space" in str(error) else errno.EIO
+            raise OSError(number, os.strerror(number), str(folder)) from error
+
+    def _save_with_peft(self, folder: Path) -> None:
         with warnings.catch_warnings():
             # peft looks for the base model's config on a hub to see whether the vocabulary was resized.
             warnings.simplefilter("ignore")

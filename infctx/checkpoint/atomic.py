@@ -3,14 +3,18 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from infctx.checkpoint.run_lock import is_process_alive
 from infctx.errors import CheckpointError
 
 MANIFEST_NAME = "MANIFEST.json"
 MANIFEST_SCHEMA = 1
+
+_UNFINISHED = re.compile(r"\.tmp-(\d+)-.+|\..+\.tmp-(\d+)")
 
 
 class NewerSchemaError(CheckpointError):
@@ -27,18 +31,22 @@ def write_file_atomically(path: Path, write: Callable[[Path], None]) -> None:
         write(unfinished)
         _fsync(unfinished)
         os.replace(unfinished, path)
-    except BaseException:
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
     fsync_directory(path.parent)
 
 
-def replace_directory(final: Path, build: Callable[[Path], None]) -> None:
+def replace_directory(final: Path, build: Callable[[Path], None], *, overwrite: bool = False) -> None:
     """Let `build` fill a temporary folder beside `final`, flush all of it to the disk, then rename it to `final`.
 
-    Raises: CheckpointError if `final` exists; whatever `build` or the disk raises, with the temporary folder gone.
+    Args: overwrite: set an existing `final` aside just before the rename, and remove it after.
+    Raises: CheckpointError if `final` exists and overwrite is not set; whatever `build` or the disk raises, with the
+    temporary folder gone and an existing `final` as it was.
     """
-    if os.path.lexists(final):
+    if os.path.lexists(final) and not overwrite:
         raise CheckpointError(f"{final}: exists already; expected no such folder. Move it away or give another name.")
     unfinished = final.parent / f".tmp-{os.getpid()}-{final.name}"
     remove_tree(unfinished)
@@ -46,12 +54,32 @@ def replace_directory(final: Path, build: Callable[[Path], None]) -> None:
         unfinished.mkdir()
         build(unfinished)
         _fsync_tree(unfinished)
+        set_aside(final)
         os.rename(unfinished, final)
     except BaseException:
         # What a full or failing disk refuses to remove goes with the next save; the first error is the one to show.
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     fsync_directory(final.parent)
+
+
+def set_aside(path: Path) -> None:
+    """Remove a folder, if it is there, so that a crash halfway leaves no half of it under its own name."""
+    if os.path.lexists(path):
+        removed = path.parent / f".tmp-{os.getpid()}-removed-{path.name}"
+        remove_tree(removed)
+        os.rename(path, removed)
+        remove_tree(removed)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process left half written in a folder; what another live process is writing stays."""
+    for path in folder.iterdir():
+        match = _UNFINISHED.fullmatch(path.name)
+        if match:
+            pid = int(match[1] or match[2])
+            if pid == os.getpid() or not is_process_alive(pid):
+                remove_tree(path)
 
 
 def remove_tree(path: Path) -> None:

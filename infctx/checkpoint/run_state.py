@@ -14,13 +14,14 @@ from torch import Tensor
 
 from infctx.checkpoint.atomic import (
     NewerSchemaError,
-    remove_tree,
+    remove_unfinished,
     replace_directory,
+    set_aside,
     verify_manifest,
     write_file_atomically,
     write_manifest,
 )
-from infctx.checkpoint.run_lock import RunLock, is_process_alive
+from infctx.checkpoint.run_lock import RunLock
 from infctx.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from infctx.errors import CheckpointError
 
@@ -30,7 +31,6 @@ STATE_SCHEMA = 1
 
 _STEP_NAME = re.compile(r"step-(\d{6,})")
 _GROUP_NAME = re.compile(r"[a-z][a-z0-9_]*")
-_UNFINISHED = re.compile(r"\.tmp-(\d+)-.+|\..+\.tmp-(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,17 +68,17 @@ def save_run_state(folder: Path, state: RunState, *, keep: int = 2) -> Path:
     assert keep >= 1, f"keep={keep}: the new checkpoint itself has to stay"
     checkpoints = Path(folder) / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    _remove_unfinished(checkpoints)
+    remove_unfinished(checkpoints)
     final = checkpoints / f"step-{state.step:06d}"
     if not _is_whole(final):
-        _set_aside(final)
+        set_aside(final)
         replace_directory(final, lambda unfinished: _write_state(unfinished, state))
         verify_manifest(final)
     if _read_latest(checkpoints) != final.name:
         write_file_atomically(checkpoints / "latest", lambda path: _write_text(path, f"{final.name}\n"))
     older = [path for step, path in _list_steps(checkpoints) if step < state.step]
     for path in older[keep - 1 :]:
-        _set_aside(path)
+        set_aside(path)
     return final
 
 
@@ -168,25 +168,6 @@ def _read_latest(checkpoints: Path) -> str | None:
         return (checkpoints / "latest").read_text(encoding="utf-8", errors="replace").strip()
     except FileNotFoundError:
         return None
-
-
-def _set_aside(checkpoint: Path) -> None:
-    """Remove a checkpoint so that a crash halfway leaves no half of it under its own name."""
-    if os.path.lexists(checkpoint):
-        removed = checkpoint.parent / f".tmp-{os.getpid()}-removed-{checkpoint.name}"
-        remove_tree(removed)
-        os.rename(checkpoint, removed)
-        remove_tree(removed)
-
-
-def _remove_unfinished(checkpoints: Path) -> None:
-    """Remove what a killed save left behind; what another live process is writing stays."""
-    for path in checkpoints.iterdir():
-        match = _UNFINISHED.fullmatch(path.name)
-        if match:
-            pid = int(match[1] or match[2])
-            if pid == os.getpid() or not is_process_alive(pid):
-                remove_tree(path)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -121,12 +121,20 @@ class StepSource(ABC):
             carries_state=self.carries_state,
         )
 
+    @functools.cached_property
+    def _documents_crc32(self) -> int:
+        crc = 0
+        for document in self._documents:
+            crc = zlib.crc32(document.tokens.tobytes(), crc)
+            crc = zlib.crc32(document.weights.tobytes(), crc)
+        return zlib.crc32(self._lengths.tobytes(), crc)
+
     def _identity(self) -> dict[str, object]:
         """What has to be the same for a cursor to mean the same place."""
         return {
             "mode": self.kind,
             "documents": len(self._documents),
-            "lengths_crc32": zlib.crc32(self._lengths.tobytes()),
+            "documents_crc32": self._documents_crc32,
             "rows": self._num_rows,
             "seed": self._seed,
         }

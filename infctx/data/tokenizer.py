@@ -191,6 +191,6 @@ def tokenizer_for_vocab(vocab_size: int) -> str:
         known = ", ".join(f"{size} = {name}" for size, name in _TOKENIZER_OF_VOCAB_SIZE.items())
         raise DataError(
             f"data.tokenizer=auto: the model does not name its tokenizer and its vocabulary size {vocab_size} does not "
-            f"tell it (known: {known}). Set data.tokenizer to one of {', '.join(TOKENIZERS)}."
+            f"tell it (known: {known}). Set data.tokenizer, or --tokenizer, to one of {', '.join(TOKENIZERS)}."
         )
     return _TOKENIZER_OF_VOCAB_SIZE[vocab_size]

@@ -43,6 +43,11 @@ def check_output(path: Path, *, format: str, force: bool) -> None:
     """
     if format not in WRITERS:
         raise CheckpointError(f"format {format!r}: expected one of {', '.join(WRITERS)}.")
+    if path.suffix.lstrip(".") in WRITERS and path.suffix != f".{format}":
+        raise CheckpointError(
+            f"{path}: a name that ends in {path.suffix} is expected to hold that format, not {format}. "
+            f"Give --format {path.suffix[1:]}, or another name."
+        )
     if path.is_dir() or (path.exists() and not force):
         raise CheckpointError(f"{path}: exists. Give another path, or --force to replace a file.")
     if not path.parent.is_dir():

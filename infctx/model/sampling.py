@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from infctx.errors import CheckpointError
 from infctx.model.finch import Finch
 
 PROMPT_CHUNK_TOKENS = 1024
@@ -33,6 +34,8 @@ def sample_tokens(
         seed: None = a different text each time.
         usable_ids: ids from here on are rows of the vocabulary that no token has.
         stop_id: ends the text and is not yielded.
+    Raises:
+        CheckpointError: the logits are not finite.
     """
     device = model.embedding.weight.device
     generator = torch.Generator()
@@ -56,10 +59,14 @@ def sample_tokens(
 
 
 def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    if not bool(torch.isfinite(logits.max())):
+        raise CheckpointError("the model's logits are not finite: its weights are damaged, or its training diverged.")
     if temperature == 0:
         return int(logits.argmax())
-    probabilities = torch.softmax(logits / temperature, dim=-1)
+    # In float64, and from the largest logit down: no temperature is too small or too large.
+    probabilities = torch.softmax((logits.double() - logits.max()) / temperature, dim=-1)
     ordered, ids = probabilities.sort(descending=True)
-    # A token is kept if the ones before it do not yet reach top_p: the most probable one always is.
-    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0.0
-    return int(ids[torch.multinomial(ordered, 1, generator=generator)])
+    # A token is kept if the ones before it do not yet reach top_p; the most probable one always is.
+    is_beyond = ordered.cumsum(-1) - ordered >= top_p
+    is_beyond[0] = False
+    return int(ids[torch.multinomial(ordered.masked_fill(is_beyond, 0.0), 1, generator=generator)])

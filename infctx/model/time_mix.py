@@ -106,10 +106,9 @@ class FinchTimeMix(TimeMix):
         low = torch.tanh(lerp(hidden, difference, self.lerp_input) @ self.lerp_down.to(hidden.dtype))
         low = low.view(rows * num_tokens, 5, -1).transpose(0, 1)  # [5, B·T, D]
         dynamic = torch.bmm(low, self.lerp_up.to(low.dtype)).view(5, rows, num_tokens, channels)
-        inputs = {
-            name: hidden + difference * (getattr(self, f"lerp_{name}").to(hidden.dtype) + dynamic[i])
-            for i, name in enumerate(self.MIX_ORDER)
-        }
+        static = torch.stack([getattr(self, f"lerp_{name}") for name in self.MIX_ORDER]).to(hidden.dtype)
+        mixed = hidden + difference * (static[:, None, None] + dynamic)  # [5, B, T, C]
+        inputs = dict(zip(self.MIX_ORDER, mixed.unbind(0), strict=True))
         x = inputs.pop("decay")
         low_decay = torch.tanh(x @ self.decay_down.to(x.dtype)) @ self.decay_up.to(x.dtype)
         return MixedInputs(**inputs, raw_decay=self.decay_base.to(work) + low_decay.to(work))

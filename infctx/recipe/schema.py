@@ -28,9 +28,11 @@ def _tuple_from_list(value: object) -> object:
 
 # Far above any run, and low enough that products of two counts still fit the 64-bit integers of torch.
 Count = Annotated[int, Field(ge=1, le=2_000_000_000)]
+# Of things that each take memory or time before a run begins.
+FewCount = Annotated[int, Field(ge=1, le=65_536)]
 CountOrZero = Annotated[int, Field(ge=0, le=2_000_000_000)]
 Number = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False)]
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 Fraction = Annotated[Number, Field(gt=0, lt=1)]
 Beta = Annotated[Number, Field(ge=0, lt=1)]
 
@@ -189,9 +191,9 @@ class RunSection(Section):
 
     folder: Text = Field(description="Run folder; started again in it, the run continues.")
     steps: Count | None = Field(default=None, description="Optimizer steps in all; give either this or epochs.")
-    epochs: Count | None = Field(default=None, description="Passes over the documents; give either this or steps.")
-    rows: Count = Field(default=1, description="Rows (sequences with a state of their own) at once on each device.")
-    accumulate: Count = Field(default=1, description="Groups of rows whose gradients are added up before a step.")
+    epochs: FewCount | None = Field(default=None, description="Passes over the documents; give either this or steps.")
+    rows: FewCount = Field(default=1, description="Rows (sequences with a state of their own) at once on each device.")
+    accumulate: FewCount = Field(default=1, description="Groups of rows whose gradients are added up before a step.")
     devices: Count | Literal["auto"] = Field(
         default="auto", description="Devices to use; auto: every GPU here, else the CPU."
     )

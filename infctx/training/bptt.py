@@ -76,7 +76,6 @@ def backward_through_windows(
     window: Window,
     weight_total: float,
     backward: Callable[[Tensor], None] = torch.autograd.backward,
-    before_backward_of: Callable[[Chunk], None] = lambda chunk: None,
     keeps_random_state: bool = False,
 ) -> ChunkedResult:
     """Add the gradient of loss sum / weight_total to every trainable parameter's .grad.
@@ -88,8 +87,6 @@ def backward_through_windows(
         window: chunks whose borders the gradient crosses, counted from the first; "document" = all.
         weight_total: of the whole optimizer step, over all rows, groups and ranks; > 0.
         backward: called with one scalar for each chunk.
-        before_backward_of: called before the forward of each chunk of sweep 2, so that an engine can hold back its
-            synchronisation until the last one.
         keeps_random_state: replay the random numbers of sweep 1 in sweep 2 (needed with dropout).
     """
     length = len(chunks) if window == "document" else window
@@ -102,7 +99,6 @@ def backward_through_windows(
         adjoint: list[Tensor] | None = None
         for i in reversed(range(len(part))):
             leaves = [tensor.detach().requires_grad_() for tensor in boundaries.pop()]
-            before_backward_of(part[i])
             with _replayed(replay, i):
                 chunk_loss, *after = _call(objective, part[i], leaves, with_loss=part[i].has_loss)
             scalar = chunk_loss / weight_total

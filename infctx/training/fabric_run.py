@@ -21,6 +21,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from lightning.fabric import Fabric
     from lightning.fabric.plugins import Precision as FabricPrecision
+    from lightning.fabric.plugins.environments import LightningEnvironment
 
 
 class StatePreservingPrecision(FabricPrecision):
@@ -52,7 +53,8 @@ class FabricEngine:
                 accelerator=accelerator,
                 devices=1,
                 strategy="auto",
-                plugins=[StatePreservingPrecision(self.precision, accelerator)],
+                # One process, whatever a scheduler's variables in the environment say of others.
+                plugins=[StatePreservingPrecision(self.precision, accelerator), LightningEnvironment()],
             )
             self._fabric.launch()
         self.strategy = "single" if strategy == "auto" else strategy

@@ -6,8 +6,10 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from infctx.data.step_source import StepData
 from infctx.errors import InfctxError
@@ -63,7 +65,7 @@ def _settle(run: Run, done: Done, place: Place, signals: StopSignals) -> None:
     is_ahead = done.step < run.source.total_steps
     is_due = not is_ahead or done.step == 0 or _every(settings.validate_every, done.step)
     if run.validation and is_due:
-        done.val_loss = record["val_loss"] = _validate(run, signals)
+        done.val_loss = record["val_loss"] = _finite(_validate(run, signals))
         if done.step == 0:
             done.first_val_loss = done.val_loss
     done.owed = None
@@ -72,8 +74,15 @@ def _settle(run: Run, done: Done, place: Place, signals: StopSignals) -> None:
         run.progress.step(record)
     elif done.val_loss is not None:
         run.progress.message(f"validation loss before training: {done.val_loss:.4f}")
-    if is_ahead and done.step > 0 and _every(settings.checkpoint_every, done.step):
+    is_lost = done.nonfinite_in_a_row >= settings.max_nonfinite_steps
+    if is_lost or (is_ahead and done.step > 0 and _every(settings.checkpoint_every, done.step)):
         save_run(run, done, place)
+    if is_lost:
+        raise InfctxError(
+            f"step {done.step}: the gradient was not finite in {done.nonfinite_in_a_row} steps in a row, so the "
+            f"weights are still those of step {done.step - done.nonfinite_in_a_row}; they are saved in "
+            f"{run.folder / 'checkpoints'}. Lower optimizer.lr or look at the data."
+        )
 
 
 def _every(steps: int | None, step: int) -> bool:
@@ -90,27 +99,26 @@ def _one_step(
         row_states = [_zeros(run, group.chunks[0].tokens.shape[0]) for group in data.groups]
     run.model.train()
     report, row_states = run_step(
-        run.objective,
+        _stoppable(run, signals),
         data,
         row_states,
         window=run.settings.window,
         optimizer=run.optimizer,
         clip=run.settings.clip,
         backward=run.backward,
-        before_chunk=lambda chunk: signals.raise_if_requested(),
         keeps_random_state=has_dropout(run.model),
     )
     seconds = time.perf_counter() - began
     done.step += 1
     done.tokens += report.num_tokens
-    done.train_loss = report.loss if report.loss is not None else done.train_loss
+    done.train_loss = _finite(report.loss) if report.loss is not None else done.train_loss
     done.steps_without_target += report.loss is None
     done.owed = {
         "step": done.step,
         "tokens": done.tokens,
-        "loss": report.loss,
+        "loss": _finite(report.loss),
         "lr": rate,
-        "grad_norm": report.grad_norm,
+        "grad_norm": _finite(report.grad_norm),
         "tokens_per_second": report.num_tokens / seconds,
         "peak_device_bytes": _peak_device_bytes(run.device),
         "peak_host_bytes": _peak_host_bytes(),
@@ -120,40 +128,45 @@ def _one_step(
         done.owed["not_updated"] = report.not_updated
         run.progress.message(f"step {done.step}: no update: {report.not_updated}")
     if report.grad_norm is not None and not math.isfinite(report.grad_norm):
-        row_states = _after_nonfinite(run, done, row_states)
+        done.nonfinite_steps += 1
+        done.nonfinite_in_a_row += 1
+        row_states = [_without_infinities(state) for state in row_states]
     else:
         done.nonfinite_in_a_row = 0
     return row_states if data.carries_state else []
 
 
-def _after_nonfinite(run: Run, done: Done, row_states: list[ModelState]) -> list[ModelState]:
-    """Count the step, stop after too many in a row, and do not carry a state that is not finite into the next."""
-    done.nonfinite_steps += 1
-    done.nonfinite_in_a_row += 1
-    if done.nonfinite_in_a_row >= run.settings.max_nonfinite_steps:
-        raise InfctxError(
-            f"step {done.step}: the gradient was not finite in {done.nonfinite_in_a_row} steps in a row; the weights "
-            f"are those of step {done.step - done.nonfinite_in_a_row}. Lower optimizer.lr or look at the data. "
-            f"Checkpoints are in {run.folder / 'checkpoints'}."
-        )
-    return [
-        ModelState(*(torch.nan_to_num(tensor, nan=0.0, posinf=0.0, neginf=0.0) for tensor in state))
-        for state in row_states
-    ]
+def _without_infinities(state: ModelState) -> ModelState:
+    """A state that is not finite would spoil every later step of its rows."""
+    return ModelState(*(torch.nan_to_num(tensor, nan=0.0, posinf=0.0, neginf=0.0) for tensor in state))
+
+
+def _finite(value: float | None) -> float | None:
+    """What can be written as JSON; a loss that is not finite is none."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _validate(run: Run, signals: StopSignals) -> float:
     run.model.eval()
     loss = validation_loss(
-        run.objective,
+        _stoppable(run, signals),
         run.validation,
         rows=run.settings.rows,
         chunk_tokens=run.settings.chunk_tokens,
         fresh_state=lambda rows: _zeros(run, rows),
-        before_chunk=signals.raise_if_requested,
     )
     run.model.train()
     return loss
+
+
+def _stoppable(run: Run, signals: StopSignals) -> Callable[..., tuple[Tensor, ...]]:
+    """The objective, which looks for a signal before every chunk of every sweep."""
+
+    def objective(*arguments: object, **settings: object) -> tuple[Tensor, ...]:
+        signals.raise_if_requested()
+        return run.objective(*arguments, **settings)
+
+    return objective
 
 
 def _zeros(run: Run, rows: int) -> ModelState:

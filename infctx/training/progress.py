@@ -128,7 +128,8 @@ class PlainProgress:
 class LoggedProgress:
     """Shows a run on another progress and writes it as plain lines to the end of a file.
 
-    The log is worth less than the run: a disk that cannot be written is told of once, and the run goes on.
+    Both are worth less than the run: a terminal that is gone is written to no more, a disk that cannot be written is
+    told of once, and the run goes on.
     """
 
     def __init__(self, shown: Progress, path: Path) -> None:
@@ -140,23 +141,30 @@ class LoggedProgress:
 
     def start(self, total_steps: int | None, headline: list[str]) -> None:
         """Open the log with the time, for a run may be continued many times."""
-        self._shown.start(total_steps, headline)
+        self._show(lambda shown: shown.start(total_steps, headline))
         self._write(lambda log: log.start(total_steps, [time.strftime("%Y-%m-%d %H:%M:%S %z"), *headline]))
 
     def step(self, report: Mapping[str, object]) -> None:
         """Show and write a step."""
-        self._shown.step(report)
+        self._show(lambda shown: shown.step(report))
         self._write(lambda log: log.step(report))
 
     def message(self, text: str) -> None:
         """Show and write a line."""
-        self._shown.message(text)
+        self._show(lambda shown: shown.message(text))
         self._write(lambda log: log.message(text))
 
     def finish(self) -> None:
         """Show and write the last step."""
-        self._shown.finish()
+        self._show(lambda shown: shown.finish())
         self._write(lambda log: log.finish())
+
+    def _show(self, show: Callable[[Progress], None]) -> None:
+        try:
+            show(self._shown)
+        except (OSError, ValueError):
+            # A pipe that nobody reads, a closed terminal (ValueError: write to a closed file).
+            self._shown = SilentProgress()
 
     def _write(self, write: Callable[[PlainProgress], None]) -> None:
         write(self._log)
@@ -170,7 +178,8 @@ class LoggedProgress:
                     file.write(lines)
         except OSError as error:
             self._has_failed = True
-            self._shown.message(f"cannot write {self._path} ({error.strerror or error}): the run goes on without it")
+            problem = f"cannot write {self._path} ({error.strerror or error}): the run goes on without it"
+            self._show(lambda shown: shown.message(problem))
 
 
 class LiveProgress:

@@ -44,6 +44,8 @@ def resume_run(run: Run) -> tuple[Done, list[ModelState]]:
     """Put weights, optimizer, random numbers, data and row states where the newest checkpoint left them."""
     loaded = load_run_state(run.folder)
     if loaded is None:
+        if run.metrics.path.exists():
+            run.progress.message("this run folder has no checkpoint: beginning from the start")
         run.metrics.truncate_after(-1)
         return Done(), []
     for reason in loaded.skipped:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish: the run stops at the next chunk with a checkpoint; a second signal ends it at once."""
+"""A signal as a wish: the run stops at the next chunk with a checkpoint; a second signal ends it at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class StopRequested(Exception):
 
 
 class StopSignals:
-    """While entered, the first SIGINT or SIGTERM is noted, and the second does what it does elsewhere."""
+    """While entered, the first SIGINT, SIGTERM or SIGHUP is noted, and the second does what it does elsewhere."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -21,8 +21,10 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         # Handlers can be set in the main thread only; elsewhere signals keep their usual meaning.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                # A run under nohup has asked not to hear of it.
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(

@@ -40,15 +40,14 @@ def run_step(
     optimizer: torch.optim.Optimizer,
     clip: float | None,
     backward: Callable[[Tensor], None],
-    before_chunk: Callable[[Chunk], None] = lambda chunk: None,
     keeps_random_state: bool = False,
 ) -> tuple[StepReport, list[ModelState]]:
     """Gradient of the whole step, clipping, update.
 
     Args:
+        objective: a ChunkObjective, wrapped or not. What it raises abandons the step, which has changed no weight.
         data: the chunks of this rank's groups, and the weight total of all ranks.
         states: of each group, before its first chunk.
-        before_chunk: called before each chunk of sweep 2; may raise to abandon the step, which has changed no weight.
     Returns:
         A report, and the state of each group after its last chunk.
     """
@@ -66,7 +65,6 @@ def run_step(
                 window=window,
                 weight_total=data.weight_total,
                 backward=backward,
-                before_backward_of=before_chunk,
                 keeps_random_state=keeps_random_state,
             )
             loss_sum += result.loss_sum

@@ -22,14 +22,12 @@ def validation_loss(
     rows: int,
     chunk_tokens: int,
     fresh_state: Callable[[int], ModelState],
-    before_chunk: Callable[[], None] = lambda: None,
 ) -> float:
     """One weighted mean over all documents.
 
     Args:
         rows: documents run side by side.
         fresh_state: the state of so many fresh rows.
-        before_chunk: called before every chunk; may raise to stop.
     Raises:
         DataError: no token of the documents has a weight.
     """
@@ -40,7 +38,6 @@ def validation_loss(
             state = fresh_state(sequence.chunks[0].tokens.shape[0])
             device = state.wkv.device
             for chunk in sequence.chunks:
-                before_chunk()
                 loss, state = forward_through_chunks(objective, [chunk_to(chunk, device)], state)
                 loss_sum += float(loss)
             weight_total += sequence.weight_total

@@ -338,7 +338,7 @@ def test_a_cursor_may_go_to_another_number_of_ranks(make: Callable[..., Source])
 def test_a_cursor_of_other_data_is_refused(make: Callable[..., Source]) -> None:
     documents = corpus(6, 10)
     cursor = make(documents).cursor()
-    with pytest.raises(DataError, match=r"lengths_crc32 \(then \d+, now \d+\)"):
+    with pytest.raises(DataError, match=r"documents_crc32 \(then \d+, now \d+\)"):
         make(corpus(6, 10, seed=1)).restore(cursor)
     with pytest.raises(DataError, match=r"documents \(then 6, now 5\)"):
         make(documents[:5]).restore(cursor)

@@ -44,7 +44,8 @@ def wkv6_blockwise(
 
     def in_blocks(x: Tensor) -> Tensor:  # [B, T, H, N] -> [B, H, blocks, block, N]
         x = F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x
-        return x.view(rows, num_blocks, block, heads, head_size).permute(0, 3, 1, 2, 4)
+        # Contiguous: every level reshapes these, and would copy them each time.
+        return x.view(rows, num_blocks, block, heads, head_size).permute(0, 3, 1, 2, 4).contiguous()
 
     r, k, v = in_blocks(receptance), in_blocks(key), in_blocks(value)
     log_w = in_blocks(log_decay.clamp(min=SMALLEST_LOG_DECAY))
