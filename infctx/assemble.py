@@ -318,6 +318,7 @@ def _headline(recipe: Recipe, parts: _Parts) -> list[str]:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     name = {"6": "Finch (RWKV-6)", "5.2": "Eagle (RWKV-5.2)"}[config.version]
     kind = "full" if recipe.adapter.kind == "full" else f"LoRA rank {recipe.adapter.rank}"
+    documents = f"{len(data.training):,} document{'' if len(data.training) == 1 else 's'}"
     train_tokens = sum(len(document) for document in data.training)
     held_out = sum(len(document) for document in data.validation)
     rejected = f", {len(data.loaded.rejected):,} rows skipped" if data.loaded.rejected else ""
@@ -325,8 +326,7 @@ def _headline(recipe: Recipe, parts: _Parts) -> list[str]:
         f"model      {name}, {config.n_layer} layers × {config.n_embd} channels, "
         f"{parts.num_base_parameters:,} parameters",
         f"trained    {trained:,} parameters ({kind})",
-        f"data       {len(data.training):,} documents, {train_tokens:,} tokens ({data.tokenizer}); "
-        f"held out {held_out:,} tokens{rejected}",
+        f"data       {documents}, {train_tokens:,} tokens ({data.tokenizer}); held out {held_out:,} tokens{rejected}",
         f"gradient   {window_in_words(recipe)}",
         f"machine    {parts.engine.device}, {parts.engine.precision}, WKV6 backend {parts.backend}"
         + (" (the fastest here)" if recipe.kernel.backend == "auto" else ""),
