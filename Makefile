@@ -72,8 +72,9 @@ quickstart: $(VENV)/.core
 	@echo 'Trains a small model on the documentation of Python, exports it, and lets it write a little.'
 	@echo 'Stop it when you like: started again, it continues where it was.'
 	$(BIN)/infctx train recipes/quickstart.yaml
-	$(BIN)/infctx export runs/quickstart --format pth --output runs/quickstart/model.pth --force
-	$(BIN)/infctx generate runs/quickstart/model.pth --prompt 'The "for" statement ' --max-tokens 200 --seed 1
+	$(BIN)/infctx export runs/quickstart --format pth --dtype fp32 --output runs/quickstart/model.pth --force
+	$(BIN)/infctx generate runs/quickstart/model.pth --prompt 'The "for" statement is used to ' \
+		--max-tokens 250 --temperature 0.8 --seed 1
 
 # As modules: a tool that came with the torch of PYTHON has no command in .venv/bin.
 check: $(VENV)/.test
