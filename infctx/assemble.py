@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import infctx
 from infctx.adapters.catalog import ATTACH, Adapter
@@ -28,6 +29,7 @@ from infctx.recipe.load import load_recipe, recipe_differences, write_recipe
 from infctx.recipe.schema import Recipe
 from infctx.training.bptt import ChunkObjective
 from infctx.training.fabric_run import FabricEngine
+from infctx.training.gradient_check import GradientCheck, check_gradient
 from infctx.training.loop import train
 from infctx.training.metrics import MetricsLog
 from infctx.training.optim import LearningRate, make_adamw, parameter_groups
@@ -145,11 +147,34 @@ def _run_in_folder(recipe: Recipe, parts: _Parts, progress: Progress, folder: Pa
     return {**result, "already_finished": False}
 
 
-def check_recipe(recipe: Recipe) -> list[str]:
-    """Open everything a run of the recipe needs, without training; returns what would be printed at its start."""
+def check_recipe(
+    recipe: Recipe, *, with_gradient: bool = False, gradient_tokens: int | None = None
+) -> tuple[list[str], GradientCheck | None]:
+    """Open everything a run of the recipe needs, without training or writing anything.
+
+    Args:
+        with_gradient: also compare gradients, see `check_gradient`; gradient_tokens is its num_tokens.
+    Returns:
+        What would be printed at the start of the run, and the comparison where it was asked for.
+    """
     recipe = _from_anywhere(recipe.resolved())
     recipe = _as_begun(Path(recipe.run.folder), recipe)
-    return _headline(recipe, _open_parts(recipe))
+    parts = _open_parts(recipe)
+    lines = _headline(recipe, parts)
+    if not with_gradient:
+        return lines, None
+    objective, _ = _set_up(recipe, parts)
+    measured = check_gradient(
+        objective,
+        parts.model_file.model,
+        parts.data.training,
+        chunk_tokens=recipe.bptt.chunk_tokens,
+        window=recipe.bptt.window,
+        precision=parts.engine.precision,
+        backward=parts.engine.backward,
+        num_tokens=gradient_tokens,
+    )
+    return lines, measured
 
 
 def open_trained(path: str | Path) -> TrainedModel:
@@ -235,7 +260,8 @@ def _attach(recipe: Recipe, model: Finch) -> Adapter:
     )
 
 
-def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
+def _set_up(recipe: Recipe, parts: _Parts) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The objective and the optimizer as the engine wraps them."""
     model, optimizer_section = parts.model_file.model, recipe.optimizer
     groups = parameter_groups(
         model.named_parameters(),
@@ -243,7 +269,12 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
         decay_lr_multiplier=optimizer_section.decay_lr_multiplier,
     )
     optimizer = make_adamw(groups, lr=optimizer_section.lr, betas=optimizer_section.betas, eps=optimizer_section.eps)
-    objective, optimizer = parts.engine.setup(ChunkObjective(model), optimizer)
+    return parts.engine.setup(ChunkObjective(model), optimizer)
+
+
+def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
+    model, optimizer_section = parts.model_file.model, recipe.optimizer
+    objective, optimizer = _set_up(recipe, parts)
     source = _source(recipe, parts.data.training)
     folder = Path(recipe.run.folder)
     return Run(

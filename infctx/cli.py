@@ -12,11 +12,14 @@ import math
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from infctx.errors import CheckpointError, InfctxError, MachineError, machine_fault
+
+if TYPE_CHECKING:
+    from infctx.training.gradient_check import GradientCheck
 
 EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_STOPPED, EXIT_MACHINE = 0, 1, 2, 3, 4
 # What shells report of a program that an interrupt ended: there was no checkpoint to write, or no time for it.
@@ -65,16 +68,45 @@ def train(
     _answer(result, as_json)
 
 
-@app.command(epilog="Example: infctx check recipes/quickstart.yaml")
-def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Validate a recipe with its model and data, and say what a run of it would do."""
+@app.command(epilog="Example: infctx check recipes/quickstart.yaml --gradient")
+def check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gradient: Annotated[
+        bool, typer.Option("--gradient", help="Measure the chunked gradient against the unchunked one.")
+    ] = False,
+    tokens: Annotated[
+        int | None, typer.Option(min=32, help="Tokens of the longest document to measure on; twice the window.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Validate a recipe with its model and data, and say what a run of it would do.
+
+    With --gradient, exit code 0 means that the chunked gradient is within the stated bound.
+    """
     loaded = _load_recipe(recipe, overrides)
     from infctx.assemble import check_recipe
 
-    lines = check_recipe(loaded)
+    lines, measured = check_recipe(loaded, with_gradient=gradient, gradient_tokens=tokens)
     if not as_json:
         print("\n".join([*lines, "The recipe is valid: nothing was trained or written."]))
-    _answer({"valid": True, "summary": lines}, as_json)
+    if measured is None:
+        _answer({"valid": True, "summary": lines}, as_json)
+        return
+    if not as_json:
+        print(_gradient_table(measured))
+    window_bias = measured.window_bias or dict.fromkeys(measured.relative_error, 0.0)
+    _answer(
+        {
+            "relative_error": measured.relative_error,
+            "window_bias": window_bias,
+            "bound": measured.bound,
+            "tokens": measured.num_tokens,
+        },
+        as_json,
+    )
+    if not measured.is_within_bound:
+        _leave(EXIT_BUG, f"The chunked gradient is further than {measured.bound:g} from the unchunked one.")
 
 
 @app.command(epilog="Example: infctx data recipes/quickstart.yaml --show 2")
@@ -333,6 +365,21 @@ def _answer(result: dict[str, Any], as_json: bool) -> None:
 def _json_value(value: object) -> object:
     """JSON has no infinity and no NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _gradient_table(measured: GradientCheck) -> str:
+    """One line for each group of parameters, the worst last."""
+    bias = measured.window_bias
+    lines = [f"Gradient of the first {measured.num_tokens:,} tokens of the longest document, norm of the difference:"]
+    lines.append(f"{'':32} {'chunked / unchunked':>20} {'window / exact':>16}")
+    for group, error in sorted(measured.relative_error.items(), key=lambda item: item[1]):
+        if group in measured.without_gradient:
+            lines.append(f"{group:32} {'no gradient yet':>20}")
+        else:
+            lines.append(f"{group:32} {error:>20.1e} {'exact' if bias is None else format(bias[group], '.1%'):>16}")
+    verdict = "within" if measured.is_within_bound else "NOT within"
+    lines.append(f"Every error is {verdict} the bound of {measured.bound:g}.")
+    return "\n".join(lines)
 
 
 def _shown(value: object) -> str:

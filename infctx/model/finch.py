@@ -82,6 +82,7 @@ class Finch(nn.Module):
         for block, *layer_state in zip(self.blocks, *(tensor.unbind(0) for tensor in state), strict=True):
             x, *layer_state = block(x, *layer_state, starts)
             layers.append(layer_state)
+        # Stacking copies: a view of the last token would keep a whole chunk's activations alive at every boundary.
         new_state = ModelState(*(torch.stack(parts) for parts in zip(*layers, strict=True)))
         return self.output_norm(x), new_state
 

@@ -21,8 +21,7 @@ def token_shift(hidden: Activations, carried: LayerShift, starts: Starts | None)
     previous = torch.cat([carried.to(hidden.dtype)[:, None], hidden[:, :-1]], dim=1)
     if starts is not None:
         previous = previous.masked_fill(starts[..., None], 0.0)
-    # A clone: a view would keep the whole chunk's activations alive for as long as the boundary state lives.
-    return previous, hidden[:, -1].clone().to(carried.dtype)
+    return previous, hidden[:, -1].to(carried.dtype)
 
 
 def lerp(hidden: Tensor, difference: Tensor, weight: Tensor) -> Tensor:

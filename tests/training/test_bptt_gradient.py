@@ -252,10 +252,20 @@ def test_logits_of_all_tokens_never_exist(make_finch: Callable[..., Finch], monk
     model = make_finch("6", dtype=torch.float64)
     tokens, weight, starts = make_batch()
     sizes = []
+    kept: list[torch.Size] = []
     handle = model.head.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[:-1].numel()))
-    infctx.backward_through_chunks(model, tokens, loss_weight=weight, starts=starts, chunk_tokens=40)
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        infctx.backward_through_chunks(model, tokens, loss_weight=weight, starts=starts, chunk_tokens=40)
     handle.remove()
     assert max(sizes) <= 6
+    # Nor are the pieces' logits kept for the backward pass: they are computed again.
+    assert kept
+    assert not [shape for shape in kept if shape[-1:] == (50,) and shape != model.head.weight.shape]
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     _, expected, _ = whole_sequence(model, tokens, weight, starts, cut_every=None, state=model.fresh_state(2))
     assert max(relative_errors(found, {name: expected[name] for name in found}).values()) < 1e-10
