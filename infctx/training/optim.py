@@ -38,13 +38,11 @@ def parameter_groups(
 
 def _rule(name: str, parameter: Tensor, weight_decay: float, decay_lr_multiplier: float) -> tuple[float, float]:
     last = name.rsplit(".", 1)[-1]
-    # The low-rank pairs first: decay_down and decay_up are not the decay's base.
-    if last.endswith(("_down", "_up")) or last.startswith(("lerp_", "mix_")):
-        return 1.0, 0.0
     if last == "decay_base":
         return decay_lr_multiplier, 0.0
     if last == "initial_state":
         return 1.0, weight_decay
+    # Low-rank pairs are matrices too, but loose parameters: their names do not end in "weight".
     is_matrix = sum(size > 1 for size in parameter.shape) >= 2 and last == "weight"
     return 1.0, weight_decay if is_matrix else 0.0
 
