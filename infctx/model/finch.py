@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,6 +43,14 @@ class Block(nn.Module):
         mixed, ffn_shift = self.channel_mix(self.channel_mix_norm(x), ffn_shift, starts)
         return x + mixed, wkv, att_shift, ffn_shift
 
+    def advance(
+        self, x: Activations, wkv: LayerWkv, att_shift: LayerShift, ffn_shift: LayerShift, starts: Starts | None
+    ) -> tuple[LayerWkv, LayerShift, LayerShift]:
+        """The three new states alone: the channel mix's output is not computed, it has no part in them."""
+        mixed, att_shift, wkv = self.time_mix(self.time_mix_norm(x), att_shift, wkv, starts)
+        last = self.channel_mix_norm((x + mixed)[:, -1])
+        return wkv, att_shift, last.to(ffn_shift.dtype)
+
 
 class Finch(nn.Module):
     """RWKV-6 "Finch", or RWKV-5.2 "Eagle" where the config says so."""
@@ -77,14 +87,23 @@ class Finch(nn.Module):
         """The same without the head: what the head would be applied to, so that a loss can do it in pieces."""
         if state is None:
             state = self.fresh_state(tokens.shape[0])
-        x = self.input_norm(self.embedding(tokens).to(self._activation_dtype()))
+        x = self._embed(tokens)
         layers = []
-        for block, *layer_state in zip(self.blocks, *(tensor.unbind(0) for tensor in state), strict=True):
-            x, *layer_state = block(x, *layer_state, starts)
-            layers.append(layer_state)
-        # Stacking copies: a view of the last token would keep a whole chunk's activations alive at every boundary.
-        new_state = ModelState(*(torch.stack(parts) for parts in zip(*layers, strict=True)))
-        return self.output_norm(x), new_state
+        for block, layer_state in zip(self.blocks, _by_layer(state), strict=True):
+            x, *new_states = block(x, *layer_state, starts)
+            layers.append(new_states)
+        return self.output_norm(x), _stacked(layers)
+
+    def advance(self, tokens: Tokens, state: ModelState, *, starts: Starts | None = None) -> ModelState:
+        """The new state alone, bit for bit that of `forward`; the last layer does no more than the state needs."""
+        x = self._embed(tokens)
+        *before, last_state = _by_layer(state)
+        layers = []
+        for block, layer_state in zip(self.blocks, before, strict=False):
+            x, *new_states = block(x, *layer_state, starts)
+            layers.append(new_states)
+        layers.append(self.blocks[-1].advance(x, *last_state, starts))
+        return _stacked(layers)
 
     def fresh_state(self, rows: int) -> ModelState:
         """The state before a document's first token: zeros, or the tuned initial state (and then part of its graph)."""
@@ -102,5 +121,18 @@ class Finch(nn.Module):
         for block in self.blocks:
             block.time_mix.backend = name
 
+    def _embed(self, tokens: Tokens) -> Activations:
+        return self.input_norm(self.embedding(tokens).to(self._activation_dtype()))
+
     def _activation_dtype(self) -> torch.dtype:
         return self.compute_dtype or self.embedding.weight.dtype
+
+
+def _by_layer(state: ModelState) -> list[tuple[Tensor, ...]]:
+    """The states of each layer, in the order of ModelState."""
+    return list(zip(*(tensor.unbind(0) for tensor in state), strict=True))
+
+
+def _stacked(layers: list[Sequence[Tensor]]) -> ModelState:
+    # Stacking copies: a view of the last token would keep a whole chunk's activations alive at every boundary.
+    return ModelState(*(torch.stack(parts) for parts in zip(*layers, strict=True)))

@@ -38,6 +38,7 @@ class ChunkObjective(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self._has_dropout = has_dropout(model)
 
     def forward(
         self,
@@ -52,7 +53,11 @@ class ChunkObjective(nn.Module):
         with_loss: bool,
     ) -> tuple[Scalar, Tensor, Tensor, Tensor]:
         """Weighted loss sum of the chunk (0 without a loss) and the state after it."""
-        hidden, state = self.model.forward_hidden(tokens, ModelState(wkv, att_shift, ffn_shift), starts=starts)
+        state = ModelState(wkv, att_shift, ffn_shift)
+        # With dropout the whole of it runs, so that a chunk draws the same random numbers in both sweeps.
+        if not with_loss and not (self._has_dropout and self.model.training):
+            return wkv.new_zeros(()), *self.model.advance(tokens, state, starts=starts)
+        hidden, state = self.model.forward_hidden(tokens, state, starts=starts)
         if not with_loss:
             return wkv.new_zeros(()), *state
         vocab_size = self.model.config.vocab_size

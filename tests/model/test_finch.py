@@ -69,6 +69,21 @@ def test_the_given_state_is_not_changed_and_the_new_one_holds_no_activations(
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_advancing_gives_the_state_of_forward_bit_for_bit(make_finch: Callable[..., Finch], version: str) -> None:
+    model = make_finch(version)
+    tokens = torch.randint(0, 50, (2, 37))
+    starts = torch.rand(2, 37) < 0.1
+    _, state = model(torch.randint(0, 50, (2, 5)))
+    calls = []
+    handle = model.blocks[-1].channel_mix.register_forward_hook(lambda *arguments: calls.append(1))
+    advanced = model.advance(tokens, state, starts=starts)
+    handle.remove()
+    _, expected = model(tokens, state, starts=starts)
+    assert all(torch.equal(found, other) for found, other in zip(advanced, expected, strict=True))
+    assert not calls
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_dtypes(make_finch: Callable[..., Finch], version: str, dtype: torch.dtype) -> None:
     model = make_finch(version, dtype=dtype)

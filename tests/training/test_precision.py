@@ -46,11 +46,13 @@ def test_the_state_inside_forward_is_the_banked_one_bit_for_bit(
     wrapped, _ = engine.setup(ChunkObjective(model), optimizer)
     inside: list[ModelState] = []
     outside: list[ModelState] = []
-    inner = model.forward_hidden
 
-    def note_inside(tokens: Tensor, state: ModelState, **others: object) -> tuple[Tensor, ModelState]:
-        inside.append(ModelState(*(tensor.detach().clone() for tensor in state)))
-        return inner(tokens, state, **others)
+    def noting(inner: Callable[..., object]) -> Callable[..., object]:
+        def note_inside(tokens: Tensor, state: ModelState, **others: object) -> object:
+            inside.append(ModelState(*(tensor.detach().clone() for tensor in state)))
+            return inner(tokens, state, **others)
+
+        return note_inside
 
     def note_outside(*arguments: object, **others: object) -> tuple[Tensor, ...]:
         outside.append(ModelState(*(tensor.detach().clone() for tensor in arguments[4:7])))
@@ -58,7 +60,7 @@ def test_the_state_inside_forward_is_the_banked_one_bit_for_bit(
         assert {tensor.dtype for tensor in results[1:]} == {torch.float32}
         return results
 
-    model.forward_hidden = note_inside
+    model.forward_hidden, model.advance = noting(model.forward_hidden), noting(model.advance)
     generator = torch.Generator().manual_seed(1)
     state = ModelState(*(torch.randn(t.shape, generator=generator) for t in model.fresh_state(2)))
     # Values that bf16 cannot hold, as every real state has.
