@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -324,6 +325,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         raise
     except Exception as error:
         _leave(*_judge(error))
+    finally:
+        _flush_or_forget()
     sys.exit(EXIT_DONE)
 
 
@@ -344,6 +347,16 @@ def _judge(error: Exception) -> tuple[int, str]:
 def _leave(code: int, message: str) -> NoReturn:
     _say(message)
     sys.exit(code)
+
+
+def _flush_or_forget() -> None:
+    """What nobody reads any more must not turn into another exit code when Python flushes it at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _load_recipe(path: Path, overrides: list[str] | None) -> Any:
