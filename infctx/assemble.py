@@ -14,7 +14,7 @@ from torch import nn
 
 import infctx
 from infctx.adapters.catalog import ATTACH, Adapter
-from infctx.checkpoint.atomic import remove_unfinished, replace_directory, write_file_atomically
+from infctx.checkpoint.atomic import remove_tree, remove_unfinished, replace_directory, write_file_atomically
 from infctx.checkpoint.model_file import ModelFile, read_model_file
 from infctx.checkpoint.run_lock import RunLock
 from infctx.checkpoint.run_state import RunState, load_run_state
@@ -25,8 +25,10 @@ from infctx.data.stream import DocumentSource, StreamSource
 from infctx.data.tokenizer import tokenizer_by_name, tokenizer_for_vocab
 from infctx.errors import CheckpointError, DataError, MachineError, RecipeError, machine_fault
 from infctx.model.finch import Finch
+from infctx.model.state import ModelState
 from infctx.recipe.load import load_recipe, recipe_differences, write_recipe
 from infctx.recipe.schema import Recipe
+from infctx.training.boundary_store import BoundaryPlan, choose_store, state_bytes
 from infctx.training.bptt import ChunkObjective
 from infctx.training.fabric_run import FabricEngine
 from infctx.training.gradient_check import GradientCheck, check_gradient
@@ -41,6 +43,7 @@ from infctx_kernels import BackendError, choose_backend
 RECIPE_FILE = "recipe.yaml"
 RESULT_FILE = "result.json"
 LOG_FILE = "run.log"
+BOUNDARY_FOLDER = "boundaries"
 RESULT_KEYS = ("steps", "train_loss", "val_loss", "first_val_loss", "tokens", "folder")
 
 
@@ -140,7 +143,12 @@ def _run_in_folder(recipe: Recipe, parts: _Parts, progress: Progress, folder: Pa
         return {**finished, "already_finished": True}
     remove_unfinished(folder)
     write_recipe(_with_choices(recipe, parts), folder / RECIPE_FILE)
-    done = train(_assemble(recipe, parts, LoggedProgress(progress, folder / LOG_FILE)))
+    # A killed run's boundaries are worth nothing to the next one.
+    remove_tree(folder / BOUNDARY_FOLDER)
+    try:
+        done = train(_assemble(recipe, parts, LoggedProgress(progress, folder / LOG_FILE)))
+    finally:
+        remove_tree(folder / BOUNDARY_FOLDER)
     values = (done.step, done.train_loss, done.val_loss, done.first_val_loss, done.tokens, str(folder))
     result = dict(zip(RESULT_KEYS, values, strict=True))
     write_file_atomically(folder / RESULT_FILE, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
@@ -302,6 +310,7 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
             validate_every=recipe.run.validate_every,
             keep_checkpoints=recipe.run.keep_checkpoints,
             max_nonfinite_steps=recipe.run.max_nonfinite_steps,
+            boundaries=_boundaries(recipe, parts, folder),
         ),
         metrics=MetricsLog(folder / "metrics.jsonl"),
         progress=progress,
@@ -314,6 +323,19 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
         },
         save_adapter=_adapter_writer(parts.adapter, folder / "adapter"),
     )
+
+
+def _boundaries(recipe: Recipe, parts: _Parts, folder: Path) -> BoundaryPlan:
+    """Where boundary states go, for the longest window of the run."""
+    bptt, config = recipe.bptt, parts.model_file.model.config
+    num_chunks = bptt.window
+    if num_chunks == "document":
+        longest = max(max(len(document) for document in parts.data.training), recipe.data.pack_tokens or 0)
+        num_chunks = -(-longest // bptt.chunk_tokens)
+    one_row = ModelState.zeros(config, 1, dtype=torch.float32, device="meta")
+    num_bytes = state_bytes(one_row) * recipe.run.rows * num_chunks
+    where = choose_store(num_bytes, parts.engine.device) if bptt.boundaries == "auto" else bptt.boundaries
+    return BoundaryPlan(where=where, is_thinned=bptt.thin_boundaries, folder=folder / BOUNDARY_FOLDER)
 
 
 def _adapter_writer(adapter: Adapter, folder: Path) -> Callable[[], None]:

@@ -141,6 +141,15 @@ class BpttSection(Section):
         default="document",
         description="Chunks the gradient crosses; document: the whole document, the exact gradient.",
     )
+    boundaries: Literal["auto", "device", "host", "disk"] = Field(
+        default="auto",
+        description="Where the states between the chunks of a window wait: on the device, in host memory, or on disk "
+        "in the run folder; auto: the first with room for the longest window.",
+    )
+    thin_boundaries: bool = Field(
+        default=False,
+        description="Keep the square root of their number only, and run forward once more to have the others back.",
+    )
 
 
 class OptimizerSection(Section):

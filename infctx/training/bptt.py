@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from infctx.data.chunking import Chunk
 from infctx.model.state import ModelState
 from infctx.shapes import Scalar, Starts, Targets, Tokens, TokenWeights
+from infctx.training.boundary_store import Bank, BoundaryPlan
 from infctx.training.loss import weighted_loss_sum
 
 Window = int | Literal["document"]
@@ -82,6 +83,7 @@ def backward_through_windows(
     weight_total: float,
     backward: Callable[[Tensor], None] = torch.autograd.backward,
     keeps_random_state: bool = False,
+    boundaries: BoundaryPlan = BoundaryPlan(),  # noqa: B008 (frozen)
 ) -> ChunkedResult:
     """Add the gradient of loss sum / weight_total to every trainable parameter's .grad.
 
@@ -93,6 +95,7 @@ def backward_through_windows(
         weight_total: of the whole optimizer step, over all rows, groups and ranks; > 0.
         backward: called with one scalar for each chunk.
         keeps_random_state: replay the random numbers of sweep 1 in sweep 2 (needed with dropout).
+        boundaries: where the states between the chunks of a window are kept.
     """
     length = len(chunks) if window == "document" else window
     replay = RandomReplay(state.wkv.device) if keeps_random_state else None
@@ -100,10 +103,11 @@ def backward_through_windows(
     initial_gradient = None
     for first in range(0, len(chunks), length):
         part = chunks[first : first + length]
-        boundaries = _bank_boundaries(objective, part, state, replay=replay)
+        bank = Bank(boundaries, len(part), _advance(objective, part, replay))
+        bank.fill(state)
         adjoint: list[Tensor] | None = None
         for i in reversed(range(len(part))):
-            leaves = [tensor.detach().requires_grad_() for tensor in boundaries.pop()]
+            leaves = [tensor.detach().requires_grad_() for tensor in bank.take(i)]
             with _replayed(replay, i):
                 chunk_loss, *after = _call(objective, part[i], leaves, with_loss=part[i].has_loss)
             scalar = chunk_loss / weight_total
@@ -135,24 +139,19 @@ def forward_through_chunks(
     return loss_sum, state
 
 
-def _bank_boundaries(
-    objective: Callable[..., tuple[Tensor, ...]],
-    chunks: Sequence[Chunk],
-    state: ModelState,
-    *,
-    replay: RandomReplay | None,
-) -> list[ModelState]:
-    """Sweep 1: the state before every chunk of a window. The last chunk needs no run: sweep 2 begins with it."""
-    boundaries = [state]
-    with torch.no_grad():
-        for chunk in chunks[:-1]:
-            if replay is not None:
-                replay.note()
-            _, *after = _call(objective, chunk, boundaries[-1], with_loss=False)
-            boundaries.append(ModelState(*after))
-    if replay is not None:
-        replay.note()
-    return boundaries
+def _advance(
+    objective: Callable[..., tuple[Tensor, ...]], chunks: Sequence[Chunk], replay: RandomReplay | None
+) -> Callable[[int, ModelState], ModelState]:
+    """Sweep 1 over one chunk: the state after it, without a graph and without a loss."""
+
+    @torch.no_grad()
+    def advance(index: int, state: ModelState) -> ModelState:
+        if replay is not None:
+            replay.enter(index)
+        _, *after = _call(objective, chunks[index], state, with_loss=False)
+        return ModelState(*after)
+
+    return advance
 
 
 def _call(
@@ -169,13 +168,12 @@ class RandomReplay:
         self._before: list[tuple[Tensor, Tensor | None]] = []
         self._after_window: tuple[Tensor, Tensor | None] | None = None
 
-    def note(self) -> None:
-        """Remember the generators' state before the next chunk."""
-        self._before.append(self._read())
-
     def enter(self, chunk: int) -> None:
-        """Put the generators where they were before this chunk of the window."""
-        self._write(self._before[chunk])
+        """Put the generators where they were when this chunk of the window first ran, or remember where they are."""
+        if chunk < len(self._before):
+            self._write(self._before[chunk])
+        else:
+            self._before.append(self._read())
 
     def leave(self, chunk: int) -> None:
         """After the chunk's forward in sweep 2; the window's last chunk has gone furthest."""

@@ -95,6 +95,7 @@ def _one_step(
     """Run a step and note what it did; returns the rows' states for the next one."""
     began = time.perf_counter()
     rate = run.learning_rate.apply_(run.optimizer, done.step)
+    num_carried = sum(state.wkv.shape[1] for state in row_states) if data.carries_state else 0
     if not data.carries_state or not row_states:
         row_states = [_zeros(run, group.chunks[0].tokens.shape[0]) for group in data.groups]
     run.model.train()
@@ -107,6 +108,7 @@ def _one_step(
         clip=run.settings.clip,
         backward=run.backward,
         keeps_random_state=has_dropout(run.model),
+        boundaries=run.settings.boundaries,
     )
     seconds = time.perf_counter() - began
     done.step += 1
@@ -120,6 +122,9 @@ def _one_step(
         "lr": rate,
         "grad_norm": _finite(report.grad_norm),
         "tokens_per_second": report.num_tokens / seconds,
+        "chunks": report.num_chunks,
+        "window": run.settings.window,
+        "carried_rows": num_carried,
         "peak_device_bytes": _peak_device_bytes(run.device),
         "peak_host_bytes": _peak_host_bytes(),
         "seconds": seconds,

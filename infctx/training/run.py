@@ -13,6 +13,7 @@ from infctx.data.document import Document
 from infctx.data.step_source import StepSource
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
+from infctx.training.boundary_store import BoundaryPlan
 from infctx.training.bptt import Window
 from infctx.training.metrics import MetricsLog
 from infctx.training.optim import LearningRate
@@ -31,6 +32,7 @@ class LoopSettings:
     validate_every: int | None
     keep_checkpoints: int
     max_nonfinite_steps: int
+    boundaries: BoundaryPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from infctx.data.chunking import Chunk
 from infctx.data.stream import StepData
 from infctx.model.state import ModelState
+from infctx.training.boundary_store import BoundaryPlan
 from infctx.training.bptt import Window, backward_through_windows, forward_through_chunks
 
 
@@ -41,6 +42,7 @@ def run_step(
     clip: float | None,
     backward: Callable[[Tensor], None],
     keeps_random_state: bool = False,
+    boundaries: BoundaryPlan = BoundaryPlan(),  # noqa: B008 (frozen)
 ) -> tuple[StepReport, list[ModelState]]:
     """Gradient of the whole step, clipping, update.
 
@@ -66,6 +68,7 @@ def run_step(
                 weight_total=data.weight_total,
                 backward=backward,
                 keeps_random_state=keeps_random_state,
+                boundaries=boundaries,
             )
             loss_sum += result.loss_sum
             state = result.state

@@ -16,7 +16,8 @@ import infctx
 from infctx.recipe.load import load_recipe
 
 STEP_KEYS = {
-    "step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "peak_device_bytes", "peak_host_bytes", "seconds"
+    "step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "peak_device_bytes", "peak_host_bytes", "seconds",
+    "chunks", "window", "carried_rows"
 }  # fmt: skip
 LORA = {"kind": "lora", "rank": 2, "alpha": 4.0}
 STREAM = {"chunk_tokens": 8, "window": 2}

@@ -52,7 +52,12 @@ def test_defaults() -> None:
         "train_also": [],
         "freeze": [],
     }
-    assert recipe.bptt.model_dump() == {"chunk_tokens": 1024, "window": "document"}
+    assert recipe.bptt.model_dump() == {
+        "chunk_tokens": 1024,
+        "window": "document",
+        "boundaries": "auto",
+        "thin_boundaries": False,
+    }
     assert recipe.optimizer.model_dump() == {
         "lr": 1e-4,
         "warmup_steps": 10,

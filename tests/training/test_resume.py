@@ -51,6 +51,7 @@ KINDS = {
     "stream": (),
     "lora with dropout": ("adapter.kind=lora", "adapter.rank=4", "adapter.dropout=0.2"),
     "documents, accumulated": ("bptt.window=document", "run.rows=1", "run.accumulate=2"),
+    "documents, states on disk, thinned": ("bptt.window=document", "bptt.boundaries=disk", "bptt.thin_boundaries=true"),
     "bf16": ("run.precision=bf16", "adapter.kind=lora", "adapter.rank=4"),
 }
 
@@ -114,6 +115,7 @@ def test_stopped_at_any_chunk_and_continued_is_bit_identical(
                 distance += 1  # A stop at every first chunk would never get anywhere.
         stop_after(None)
         assert result["already_finished"] is False
+        assert not Path(stopped.run.folder, "boundaries").exists()
         assert outcome(stopped) == expected
     assert stops > 5
 

@@ -1,0 +1,193 @@
+"""Where the states at the chunk borders wait for the second sweep: on the device, in host memory, or on disk.
+
+They are the only thing that grows with the document: 13 MB for each border of a 1.6B model. Kept thinned, a window of n
+chunks holds about 2·sqrt(n) of them and runs forward once more.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infctx.model.state import ModelState
+
+Where = Literal["device", "host", "disk"]
+
+# Shares of the memory that is free when a run starts; the rest is for activations, gradients and the optimizer.
+DEVICE_SHARE = 0.25
+HOST_SHARE = 0.5
+
+
+class BoundaryStore(Protocol):
+    """A stack of states."""
+
+    def put(self, state: ModelState) -> None:
+        """Keep a state; it may be freed by the caller afterwards."""
+
+    def pop(self) -> ModelState:
+        """Give back the state that was put last, on the device it came from, and forget it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BoundaryPlan:
+    """How a run keeps its boundary states.
+
+    where: which store. is_thinned: keep every sqrt(n)-th of n and recompute the others. folder: for the disk store.
+    """
+
+    where: Where = "device"
+    is_thinned: bool = False
+    folder: Path | None = None
+
+    def open_store(self) -> BoundaryStore:
+        """An empty store."""
+        if self.where == "disk":
+            assert self.folder is not None, "the disk store needs a folder"
+            return DiskStore(self.folder)
+        return HostStore() if self.where == "host" else DeviceStore()
+
+    def stride(self, num_chunks: int) -> int:
+        """Every how many chunks a boundary is kept."""
+        return max(1, math.isqrt(num_chunks)) if self.is_thinned else 1
+
+
+class DeviceStore:
+    """Keeps the tensors where they are."""
+
+    def __init__(self) -> None:
+        self._states: list[ModelState] = []
+
+    def put(self, state: ModelState) -> None:
+        """Keep the state itself."""
+        self._states.append(state)
+
+    def pop(self) -> ModelState:
+        """The state that was put last."""
+        return self._states.pop()
+
+
+class HostStore:
+    """Copies to host memory; pinned for a GPU, so that the copies run beside the computation, in its order."""
+
+    def __init__(self) -> None:
+        self._states: list[tuple[torch.device, list[Tensor]]] = []
+
+    def put(self, state: ModelState) -> None:
+        """Copy to the host."""
+        device = state.wkv.device
+        copies = []
+        for tensor in state:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=device.type == "cuda")
+            copies.append(copy.copy_(tensor, non_blocking=True))
+        self._states.append((device, copies))
+
+    def pop(self) -> ModelState:
+        """Copy back."""
+        device, copies = self._states.pop()
+        return ModelState(*(tensor.to(device, non_blocking=True) for tensor in copies))
+
+
+class DiskStore:
+    """One file for each state, removed when it is popped; for this process alone, and worth nothing after it."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._kept: list[tuple[torch.device, list[tuple[torch.Size, torch.dtype]]]] = []
+
+    def put(self, state: ModelState) -> None:
+        """Write the tensors' bytes. Raises OSError when the disk is full or fails."""
+        path = self._path(len(self._kept))
+        try:
+            with path.open("wb") as file:
+                for tensor in state:
+                    file.write(tensor.detach().contiguous().cpu().numpy().data)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            error.filename = error.filename or str(path)
+            raise
+        self._kept.append((state.wkv.device, [(tensor.shape, tensor.dtype) for tensor in state]))
+
+    def pop(self) -> ModelState:
+        """Read the file and remove it."""
+        device, forms = self._kept.pop()
+        path = self._path(len(self._kept))
+        tensors = []
+        with path.open("rb") as file:
+            for shape, dtype in forms:
+                numbers = np.fromfile(
+                    file, dtype=np.float64 if dtype == torch.float64 else np.float32, count=shape.numel()
+                )
+                tensors.append(torch.from_numpy(numbers).view(shape).to(device))
+        path.unlink()
+        return ModelState(*tensors)
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"boundary-{index:06d}.bin"
+
+
+class Bank:
+    """The boundary states of one window: filled front to back by sweep 1, taken back to front by sweep 2.
+
+    advance: (chunk index in the window, state before it) -> state after it, without a graph.
+    """
+
+    def __init__(self, plan: BoundaryPlan, num_chunks: int, advance: Callable[[int, ModelState], ModelState]) -> None:
+        self._store = plan.open_store()
+        self._stride = plan.stride(num_chunks)
+        self._num_chunks = num_chunks
+        self._advance = advance
+        # The states of the part that sweep 2 is in, all of them, the last on top.
+        self._live: list[ModelState] = []
+
+    def fill(self, state: ModelState) -> None:
+        """Sweep 1. The last chunk is not run: sweep 2 begins with it."""
+        last_part = (self._num_chunks - 1) // self._stride
+        for index in range(self._num_chunks):
+            if index // self._stride == last_part:
+                self._live.append(state)
+            elif index % self._stride == 0:
+                self._store.put(state)
+            if index < self._num_chunks - 1:
+                state = self._advance(index, state)
+
+    def take(self, index: int) -> ModelState:
+        """The state before this chunk; indices come in descending order, each once."""
+        if not self._live:
+            self._live.append(self._store.pop())
+            for before in range(index - index % self._stride, index):
+                self._live.append(self._advance(before, self._live[-1]))
+        return self._live.pop()
+
+
+def choose_store(num_bytes: int, device: torch.device) -> Where:
+    """The fastest place with room for so many bytes of boundary states."""
+    if device.type == "cuda" and num_bytes <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return "device"
+    if num_bytes <= HOST_SHARE * free_host_bytes():
+        return "device" if device.type == "cpu" else "host"
+    return "disk"
+
+
+def free_host_bytes() -> int:
+    """Memory that could be used without pushing anything out; what is only cached counts as free where it is known."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def state_bytes(state: ModelState) -> int:
+    """Bytes of one boundary."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in state)

@@ -1,0 +1,146 @@
+"""Boundary states come back bit for bit from wherever they waited, and thinning changes nothing but the work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from infctx.data.chunking import Chunk
+from infctx.model.finch import Finch
+from infctx.model.state import ModelState
+from infctx.training.boundary_store import Bank, BoundaryPlan, choose_store, free_host_bytes
+from infctx.training.bptt import ChunkObjective, backward_through_windows
+
+PLANS = {
+    "device": {},
+    "host": {"where": "host"},
+    "disk": {"where": "disk"},
+    "device, thinned": {"is_thinned": True},
+    "disk, thinned": {"where": "disk", "is_thinned": True},
+}
+
+
+def make_state(seed: int, dtype: torch.dtype = torch.float32) -> ModelState:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(2, 1, 2, 4, 4), (2, 1, 8), (2, 1, 8)]
+    return ModelState(*(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("where", ["device", "host", "disk"])
+def test_states_come_back_last_first_and_bit_equal(tmp_path: Path, where: str, dtype: torch.dtype) -> None:
+    store = BoundaryPlan(where=where, folder=tmp_path / "boundaries").open_store()
+    states = [make_state(seed, dtype) for seed in range(4)]
+    for state in states:
+        store.put(state)
+    for state in reversed(states):
+        found = store.pop()
+        assert all(torch.equal(a, b) for a, b in zip(found, state, strict=True))
+    assert not list(tmp_path.glob("boundaries/*"))
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 3, 9, 10, 17])
+@pytest.mark.parametrize("is_thinned", [False, True])
+def test_the_bank_gives_every_boundary_once(num_chunks: int, is_thinned: bool) -> None:
+    states = [make_state(seed) for seed in range(num_chunks)]
+    runs = []
+
+    def advance(index: int, state: ModelState) -> ModelState:
+        assert state is states[index]
+        runs.append(index)
+        return states[index + 1]
+
+    bank = Bank(BoundaryPlan(is_thinned=is_thinned), num_chunks, advance)
+    bank.fill(states[0])
+    assert runs == list(range(num_chunks - 1))
+    most_kept = 0
+    for index in reversed(range(num_chunks)):
+        most_kept = max(most_kept, len(bank._live) + len(bank._store._states))
+        assert bank.take(index) is states[index]
+    if is_thinned:
+        assert most_kept <= 2 * math.isqrt(num_chunks) + 2
+        assert len(runs) <= 2 * num_chunks
+    else:
+        assert len(runs) == num_chunks - 1
+
+
+@pytest.mark.parametrize("plan", list(PLANS))
+@pytest.mark.parametrize("window", [4, "document"])
+def test_gradients_do_not_depend_on_the_plan(
+    make_finch: Callable[..., Finch], tmp_path: Path, plan: str, window: int | str
+) -> None:
+    model = make_finch("6")
+    tokens = torch.randint(0, 50, (2, 91))
+    chunks = []
+    for index, first in enumerate(range(0, 90, 9)):
+        place, ahead = slice(first, first + 9), slice(first + 1, first + 10)
+        chunks.append(
+            Chunk(
+                tokens=tokens[:, place],
+                targets=tokens[:, ahead],
+                loss_weight=torch.ones(2, 9),
+                starts=None,
+                index=index,
+                has_loss=True,
+            )
+        )
+    results = []
+    for boundaries in (BoundaryPlan(), BoundaryPlan(folder=tmp_path / "boundaries", **PLANS[plan])):
+        model.zero_grad(set_to_none=True)
+        result = backward_through_windows(
+            ChunkObjective(model),
+            chunks,
+            model.fresh_state(2),
+            window=window,
+            weight_total=180.0,
+            boundaries=boundaries,
+        )
+        results.append([*result.state, *result.initial_state_gradient, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = BoundaryPlan(where="disk", folder=tmp_path).open_store()
+    store.put(make_state(0))
+    real_open = Path.open
+
+    def full(self: Path, *arguments: object) -> object:
+        file = real_open(self, *arguments)
+
+        class Full:
+            def __enter__(self) -> Full:
+                return self
+
+            def __exit__(self, *error: object) -> None:
+                file.close()
+
+            def write(self, data: object) -> None:
+                raise OSError(28, "No space left on device")
+
+        return Full()
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        store.put(make_state(1))
+    monkeypatch.undo()
+    assert raised.value.filename.endswith("boundary-000001.bin")
+    assert [path.name for path in tmp_path.iterdir()] == ["boundary-000000.bin"]
+    assert torch.equal(store.pop().wkv, make_state(0).wkv)
+
+
+def test_the_fastest_place_with_room_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("infctx.training.boundary_store.free_host_bytes", lambda: 1000)
+    assert choose_store(500, cpu) == "device"
+    assert choose_store(501, cpu) == "disk"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (400, 800))
+    cuda = torch.device("cuda:0")
+    assert [choose_store(size, cuda) for size in (100, 101, 501)] == ["device", "host", "disk"]
+    monkeypatch.undo()
+    assert 2**20 < free_host_bytes() < 2**50
