@@ -23,7 +23,7 @@ from infctx.data.load import LoadedData, load_documents, split_tail, split_valid
 from infctx.data.step_source import StepSource
 from infctx.data.stream import DocumentSource, StreamSource
 from infctx.data.tokenizer import tokenizer_by_name, tokenizer_for_vocab
-from infctx.errors import CheckpointError, DataError, MachineError, RecipeError, machine_fault
+from infctx.errors import CheckpointError, MachineError, RecipeError, machine_fault
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.recipe.load import load_recipe, recipe_differences, write_recipe
@@ -59,15 +59,20 @@ class RunData:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedModel:
-    """A model ready for use. tokenizer: its name, or None where nothing says it. step: of the checkpoint, if any."""
+    """A model ready for use.
+
+    tokenizer: its name, or None where nothing says it. step: of the checkpoint, if any. skipped: a sentence for each
+    newer checkpoint that is damaged.
+    """
 
     model: Finch
     tokenizer: str | None
     step: int | None
+    skipped: Sequence[str] = ()
 
 
-def open_data(recipe: Recipe, *, model_file: ModelFile | None) -> RunData:
-    """Read and split the documents; model_file None = tokenizer and vocabulary are the recipe's word alone.
+def open_data(recipe: Recipe, *, model_file: ModelFile) -> RunData:
+    """Read and split the documents for this model.
 
     Raises:
         DataError: see `load_documents`; also where nothing says which tokenizer to use.
@@ -75,15 +80,13 @@ def open_data(recipe: Recipe, *, model_file: ModelFile | None) -> RunData:
     section = recipe.data
     name = section.tokenizer
     if name == "auto":
-        if model_file is None:
-            raise DataError("data.tokenizer: auto needs the model; give world or bytes.")
         name = model_file.tokenizer or tokenizer_for_vocab(model_file.model.config.vocab_size)
-    elif model_file is not None and model_file.tokenizer not in (None, name):
+    elif model_file.tokenizer not in (None, name):
         raise RecipeError(
             f"data.tokenizer: expected {model_file.tokenizer}, which the model file records, got {name}. "
             "Set it to auto."
         )
-    vocab_size = None if model_file is None else model_file.model.config.vocab_size
+    vocab_size = model_file.model.config.vocab_size
     tokenizer = tokenizer_by_name(name)
 
     def load(paths: str | list[str], exclude: Sequence[str]) -> LoadedData:
@@ -205,7 +208,10 @@ def open_trained(path: str | Path) -> TrainedModel:
     adapter.merge_()
     tokenizer = loaded.state.facts.get("tokenizer")
     return TrainedModel(
-        model=opened.model.eval(), tokenizer=tokenizer if isinstance(tokenizer, str) else None, step=loaded.state.step
+        model=opened.model.eval(),
+        tokenizer=tokenizer if isinstance(tokenizer, str) else None,
+        step=loaded.state.step,
+        skipped=loaded.skipped,
     )
 
 
@@ -245,13 +251,25 @@ def _open_parts(recipe: Recipe) -> _Parts:
 
 
 def _with_choices(recipe: Recipe, parts: _Parts) -> Recipe:
-    """The recipe with what this machine decided."""
+    """The recipe with what the model file and this machine decided."""
+    chosen = {"precision": parts.engine.precision, "devices": 1, "strategy": parts.engine.strategy}
     return recipe.model_copy(
         update={
-            "run": recipe.run.model_copy(update={"precision": parts.engine.precision}),
+            "data": recipe.data.model_copy(update={"tokenizer": parts.data.tokenizer}),
+            "run": recipe.run.model_copy(update=chosen),
             "kernel": recipe.kernel.model_copy(update={"backend": parts.backend}),
         }
     )
+
+
+def _filled_in(recipe: Recipe, begun: Recipe) -> Recipe:
+    """The recipe with what `_with_choices` chose when the run began, where it says auto."""
+    sections = {}
+    for name, keys in (("data", ["tokenizer"]), ("run", ["precision", "devices", "strategy"]), ("kernel", ["backend"])):
+        now, then = getattr(recipe, name), getattr(begun, name)
+        open_keys = {key: getattr(then, key) for key in keys if getattr(now, key) == "auto"}
+        sections[name] = now.model_copy(update=open_keys)
+    return recipe.model_copy(update=sections)
 
 
 def _attach(recipe: Recipe, model: Finch) -> Adapter:
@@ -419,27 +437,22 @@ def _from_anywhere(recipe: Recipe) -> Recipe:
 def _as_begun(folder: Path, recipe: Recipe) -> Recipe:
     """The recipe as it goes on in this folder; refuses a folder of another recipe, or of something else.
 
-    What is left to the machine (precision, backend) stays what it was when the run began.
+    What the recipe leaves open (precision, backend, tokenizer) stays what it was when the run began.
     """
     used = folder / RECIPE_FILE
     if used.is_file():
         begun = load_recipe(used)
-        run, kernel = recipe.run, recipe.kernel
+        recipe = _filled_in(recipe, begun)
         # The folder may have been moved, or be spelt in another way.
-        run = run.model_copy(update={"folder": begun.run.folder})
-        if run.precision == "auto":
-            run = run.model_copy(update={"precision": begun.run.precision})
-        if kernel.backend == "auto":
-            kernel = begun.kernel
-        differences = recipe_differences(begun, recipe.model_copy(update={"run": run, "kernel": kernel}))
+        in_its_folder = recipe.run.model_copy(update={"folder": begun.run.folder})
+        differences = recipe_differences(begun, recipe.model_copy(update={"run": in_its_folder}))
         if differences:
             raise RecipeError(
                 f"{folder}: this run folder was made with another recipe:\n  "
                 + "\n  ".join(differences)
                 + "\nGive another run.folder, use the old values, or start beside it with --fresh."
             )
-        run = run.model_copy(update={"folder": str(folder)})
-        return recipe.model_copy(update={"run": run, "kernel": kernel})
+        return recipe
     if folder.exists() and (not folder.is_dir() or any(entry.name != ".lock" for entry in folder.iterdir())):
         raise RecipeError(f"run.folder: {folder} exists and is not a run folder. Give a new one.")
     above = next(parent for parent in folder.absolute().parents if parent.exists())
@@ -450,10 +463,11 @@ def _as_begun(folder: Path, recipe: Recipe) -> Recipe:
 
 def _last_checkpoint(folder: Path) -> str:
     """A sentence that names the checkpoint a run would go on from."""
-    checkpoints = sorted((folder / "checkpoints").glob("step-*"))
-    if not checkpoints:
+    try:
+        latest = (folder / "checkpoints" / "latest").read_text().strip()
+    except OSError:
         return "There is no checkpoint of this run yet."
-    return f"The last good checkpoint is {checkpoints[-1]}; the same command continues from it."
+    return f"The last good checkpoint is {folder / 'checkpoints' / latest}; the same command continues from it."
 
 
 def _beside(recipe: Recipe) -> Recipe:

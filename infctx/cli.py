@@ -20,6 +20,7 @@ import typer
 from infctx.errors import CheckpointError, InfctxError, MachineError, machine_fault
 
 if TYPE_CHECKING:
+    from infctx.assemble import TrainedModel
     from infctx.training.gradient_check import GradientCheck
 
 EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_STOPPED, EXIT_MACHINE = 0, 1, 2, 3, 4
@@ -146,7 +147,6 @@ def export(
     """Merge the adapter, write the model, read it back and compare."""
     import torch
 
-    from infctx.assemble import open_trained
     from infctx.export.catalog import check_output, save_model
     from infctx.export.verify import max_logit_difference
 
@@ -154,13 +154,18 @@ def export(
     if dtype not in dtypes:
         raise InfctxError(f"--dtype {dtype}: expected one of {', '.join(dtypes)}.")
     check_output(output, format=format, force=force)
-    trained = open_trained(source)
-    save_model(trained.model, output, format=format, dtype=dtypes[dtype], tokenizer=trained.tokenizer)
+    trained = _open(source)
+    # Written and proved under another name: an output that is being replaced stays until then.
+    unproved = output.with_name(f".{output.name}.unproved-{os.getpid()}")
     try:
-        difference = max_logit_difference(trained.model, output)
-    except InfctxError:
-        output.unlink()
+        save_model(trained.model, unproved, format=format, dtype=dtypes[dtype], tokenizer=trained.tokenizer)
+        difference = max_logit_difference(trained.model, unproved)
+        os.replace(unproved, output)
+    except OSError as error:
+        error.filename = str(output)
         raise
+    finally:
+        unproved.unlink(missing_ok=True)
     _say(f"Wrote {output} ({format}, {dtype}, {output.stat().st_size:,} bytes).")
     _say(f"Read back: largest logit difference {difference:.2e} against the float32 source.")
     _answer({"path": str(output), "format": format, "max_logit_difference": difference}, as_json)
@@ -180,11 +185,10 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a text."""
-    from infctx.assemble import open_trained
     from infctx.data.tokenizer import StreamDecoder, tokenizer_by_name, tokenizer_for_vocab
     from infctx.model.sampling import sample_tokens
 
-    trained = open_trained(source)
+    trained = _open(source)
     name = tokenizer or trained.tokenizer or tokenizer_for_vocab(trained.model.config.vocab_size)
     chosen = tokenizer_by_name(name)
     # An empty prompt is a new document: what comes before one is the end of another.
@@ -234,6 +238,7 @@ def model_new(
     """Make a model with fresh weights, to train from scratch."""
     import torch
 
+    from infctx.data.tokenizer import TOKENIZER_OF_VOCAB_SIZE
     from infctx.export.catalog import check_output, save_model
     from infctx.model.finch import Finch
     from infctx.model.init import initialise_, new_config
@@ -254,7 +259,7 @@ def model_new(
     )
     model = Finch(config)
     initialise_(model, seed=seed)
-    tokenizer = {65536: "world", 257: "bytes"}.get(vocab)
+    tokenizer = TOKENIZER_OF_VOCAB_SIZE.get(vocab)
     save_model(
         model, output, format=format, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16, tokenizer=tokenizer
     )
@@ -357,6 +362,17 @@ def _flush_or_forget() -> None:
         except (OSError, ValueError):
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _open(source: Path) -> TrainedModel:
+    from infctx.assemble import open_trained
+
+    trained = open_trained(source)
+    for reason in trained.skipped:
+        _say(f"Skipped a damaged checkpoint: {reason}")
+    if trained.step is not None:
+        _say(f"{source}: the model of step {trained.step:,}.")
+    return trained
 
 
 def _load_recipe(path: Path, overrides: list[str] | None) -> Any:

@@ -17,6 +17,14 @@ from infctx.adapters.patterns import matching_parameters, nearest_names
 from infctx.errors import RecipeError
 
 TRAINED_PARAMETERS = "trained_parameters.safetensors"
+ADAPTER_README = f"""# A LoRA adapter of an RWKV model, in peft's layout
+
+It belongs to the base model that `model.path` names in the `recipe.yaml` beside this folder, and to no other:
+
+    model = peft.PeftModel.from_pretrained(infctx.load_model(BASE), THIS_FOLDER)
+
+Parameters trained beside it, if any, are in `{TRAINED_PARAMETERS}`. `infctx export` merges everything into one file.
+"""
 
 
 class PeftAdapter:
@@ -50,6 +58,7 @@ class PeftAdapter:
         }
         if raw:
             save_file(raw, folder / TRAINED_PARAMETERS, metadata={"format": "pt"})
+        (folder / "README.md").write_text(ADAPTER_README)
         config = folder / "adapter_config.json"
         # peft writes sets in hash order; sorted, the same adapter gives the same file.
         content = json.loads(config.read_text())

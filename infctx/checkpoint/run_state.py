@@ -35,11 +35,11 @@ _GROUP_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunState:
-    """A run between two optimizer steps, or between two chunks.
+    """A run between two optimizer steps.
 
     Attributes:
         step: optimizer steps taken.
-        tensors: group name -> tensor name -> tensor, such as "trainable", "optimizer", "rng". One file a group.
+        tensors: group name -> tensor name -> tensor, such as "trainable", "optimizer", "rows". One file a group.
         facts: what is not a tensor (cursor, tokens, recipe fingerprint, versions): JSON values with text as keys.
     """
 

@@ -48,6 +48,7 @@ def load_documents(
         raise DataError(f"data.on_bad_row={on_bad_row}: expected stop or skip.")
     documents: list[Document] = []
     rejected: list[Rejection] = []
+    tokens_dropped = 0
 
     def reject(rejection: Rejection) -> None:
         if on_bad_row == "stop":
@@ -63,12 +64,13 @@ def load_documents(
                 document = make_document(render(template, record.fields), tokenizer, origin=record.origin)
             except DataError as error:
                 reject(Rejection(file=record.file, line=record.line, reason=str(error)))
+                tokens_dropped += getattr(error, "num_tokens", 0)
                 continue
             _check_ids_fit(document, tokenizer, vocab_size)
             documents.append(document)
     if not documents:
         raise _no_documents(paths, rejected)
-    return LoadedData(documents=documents, rejected=rejected)
+    return LoadedData(documents=documents, rejected=rejected, tokens_dropped=tokens_dropped)
 
 
 def _no_documents(paths: Sequence[str], rejected: Sequence[Rejection]) -> DataError:

@@ -93,6 +93,14 @@ def check_template(template: str) -> None:
         raise DataError(f"data.template={template}: expected one of {', '.join(TEMPLATES)}.")
 
 
+class NothingToTrainOnError(DataError):
+    """A row that would teach nothing. num_tokens: what leaving it out drops."""
+
+    def __init__(self, reason: str, *, num_tokens: int) -> None:
+        super().__init__(reason)
+        self.num_tokens = num_tokens
+
+
 def make_document(rendered: Rendered, tokenizer: Tokenizer, *, origin: str) -> Document:
     """Tokenise the rendered text once, close it with end of text, and weigh its tokens.
 
@@ -108,7 +116,8 @@ def make_document(rendered: Rendered, tokenizer: Tokenizer, *, origin: str) -> D
     # Nothing comes before the first token to predict it.
     weights[0] = 0
     if not weights.any():
-        raise DataError("nothing to train on: no token but the first lies in the trained part")
+        reason = "nothing to train on: no token but the first lies in the trained part"
+        raise NothingToTrainOnError(reason, num_tokens=len(weights))
     return Document(tokens=smallest_ids(np.append(ids, END_OF_TEXT)), weights=weights, origin=origin)
 
 

@@ -175,7 +175,7 @@ class StreamDecoder:
 
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {"world": WorldTokenizer, "bytes": BytesTokenizer}
 
-_TOKENIZER_OF_VOCAB_SIZE = {65536: "world", 257: "bytes"}
+TOKENIZER_OF_VOCAB_SIZE = {65536: "world", 257: "bytes"}
 
 
 def tokenizer_by_name(name: str) -> Tokenizer:
@@ -187,10 +187,10 @@ def tokenizer_by_name(name: str) -> Tokenizer:
 
 def tokenizer_for_vocab(vocab_size: int) -> str:
     """Name the tokenizer of a model that does not say its own. Raises DataError where the size does not tell."""
-    if vocab_size not in _TOKENIZER_OF_VOCAB_SIZE:
-        known = ", ".join(f"{size} = {name}" for size, name in _TOKENIZER_OF_VOCAB_SIZE.items())
+    if vocab_size not in TOKENIZER_OF_VOCAB_SIZE:
+        known = ", ".join(f"{size} = {name}" for size, name in TOKENIZER_OF_VOCAB_SIZE.items())
         raise DataError(
             f"data.tokenizer=auto: the model does not name its tokenizer and its vocabulary size {vocab_size} does not "
             f"tell it (known: {known}). Set data.tokenizer, or --tokenizer, to one of {', '.join(TOKENIZERS)}."
         )
-    return _TOKENIZER_OF_VOCAB_SIZE[vocab_size]
+    return TOKENIZER_OF_VOCAB_SIZE[vocab_size]

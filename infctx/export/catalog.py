@@ -46,7 +46,7 @@ def check_output(path: Path, *, format: str, force: bool) -> None:
     if path.suffix.lstrip(".") in WRITERS and path.suffix != f".{format}":
         raise CheckpointError(
             f"{path}: a name that ends in {path.suffix} is expected to hold that format, not {format}. "
-            f"Give --format {path.suffix[1:]}, or another name."
+            f"Give format {path.suffix[1:]}, or another name."
         )
     if path.is_dir() or (path.exists() and not force):
         raise CheckpointError(f"{path}: exists. Give another path, or --force to replace a file.")

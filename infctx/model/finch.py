@@ -108,13 +108,17 @@ class Finch(nn.Module):
     def fresh_state(self, rows: int) -> ModelState:
         """The state before a document's first token: zeros, or the tuned initial state (and then part of its graph)."""
         weight = self.embedding.weight
-        dtype = state_dtype(self._activation_dtype())
-        zeros = ModelState.zeros(self.config, rows, dtype=dtype, device=weight.device)
+        zeros = ModelState.zeros(self.config, rows, dtype=self.state_dtype, device=weight.device)
         initial = [block.time_mix.initial_state for block in self.blocks]
         if initial[0] is None:
             return zeros
-        wkv = torch.stack(initial).to(dtype)[:, None].expand_as(zeros.wkv)
+        wkv = torch.stack(initial).to(self.state_dtype)[:, None].expand_as(zeros.wkv)
         return zeros._replace(wkv=wkv)
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """The dtype of the recurrent state."""
+        return state_dtype(self._activation_dtype())
 
     def use_backend(self, name: str | None) -> None:
         """Run the recurrence on this WKV6 backend; None = the fastest that can run where the tensors are."""

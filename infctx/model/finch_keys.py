@@ -99,15 +99,14 @@ def to_official(row: KeyRow, tensor: Tensor) -> Tensor:
 
 def from_official(row: KeyRow, tensor: Tensor, shape: torch.Size, *, file: str) -> Tensor:
     """An official tensor, squeezed ones included, in our shape."""
-    if row.official.endswith(_STORED_TRANSPOSED):
-        tensor = tensor.transpose(-1, -2) if tensor.dim() == 3 else tensor
     squeezed = [n for n in tensor.shape if n != 1]
     if squeezed != [n for n in shape if n != 1]:
         raise CheckpointError(
             f"{file}: tensor {row.official}: expected shape {list(shape)}, found {list(tensor.shape)}. "
             "The sizes are taken from the other tensors; the file is damaged or of another architecture."
         )
-    return tensor.reshape(shape)
+    tensor = tensor.reshape(shape)
+    return tensor.transpose(-1, -2) if row.official.endswith(_STORED_TRANSPOSED) else tensor
 
 
 def strip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -126,7 +125,9 @@ def read_config(tensors: Mapping[str, Tensor], *, file: str) -> FinchConfig:
     """
     version = _version(tensors, file=file)
     emb = _get(tensors, "emb.weight", 2, file=file)
-    bonus = _get(tensors, "blocks.0.att.time_faaaa", 2, file=file)
+    bonus = _get(tensors, "blocks.0.att.time_faaaa", None, file=file)
+    if bonus.dim() == 1:  # squeezed, of one head
+        bonus = bonus[None]
     layers = {int(key.split(".")[1]) for key in tensors if key.startswith("blocks.") and key.split(".")[1].isdigit()}
     if layers != set(range(len(layers))):
         missing = sorted(set(range(max(layers))) - layers)
@@ -158,10 +159,10 @@ def _norm(official: str, ours: str) -> Iterator[KeyRow]:
     yield KeyRow(f"{official}.bias", f"{ours}.bias")
 
 
-def _get(tensors: Mapping[str, Tensor], key: str, dims: int, *, file: str) -> Tensor:
+def _get(tensors: Mapping[str, Tensor], key: str, dims: int | None, *, file: str) -> Tensor:
     if key not in tensors:
         raise CheckpointError(f"{file}: tensor {key} is missing; the file is incomplete or of another architecture.")
-    if tensors[key].dim() != dims:
+    if dims is not None and tensors[key].dim() != dims:
         raise CheckpointError(f"{file}: tensor {key}: expected {dims} axes, found shape {list(tensors[key].shape)}.")
     return tensors[key]
 
@@ -193,11 +194,16 @@ def _version(tensors: Mapping[str, Tensor], *, file: str) -> str:
             raise refuse("an RWKV-4 model")
         if "blocks.0.att.gate.weight" not in keys:
             raise refuse("an RWKV-5.0 model")
-        decay = tensors.get("blocks.0.att.time_decay")
-        if decay is not None and (decay.dim() < 2 or decay.shape[1] == 1):
+        decay, bonus = tensors.get("blocks.0.att.time_decay"), tensors.get("blocks.0.att.time_faaaa")
+        if decay is not None and bonus is not None and decay.numel() != bonus.numel():
             raise refuse("an RWKV-5.1 model")
         if "blocks.0.att.time_first" in keys:
             raise refuse("an early RWKV-5 model (its bonus is stored as a logarithm)")
         return "5.2"
+    if any(key.startswith(("rwkv.blocks.", "model.layers.", "layers.")) for key in keys):
+        raise CheckpointError(
+            f"{file}: this is a model in a Hugging Face layout, which this version does not read. "
+            "Give the official .pth."
+        )
     found = ", ".join(sorted(keys)[:3]) or "no tensors"
     raise CheckpointError(f"{file}: not an RWKV checkpoint: no blocks.0.att.* tensors. Found {found}, …")

@@ -54,7 +54,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The model to start from."""
 
-    path: Text = Field(description="Model file or folder: official .pth, .safetensors, or a Hugging Face folder.")
+    path: Text = Field(description="Model file: an official .pth, or .safetensors as this project writes it.")
 
 
 class DataSection(Section):

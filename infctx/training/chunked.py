@@ -67,7 +67,8 @@ def chunked_step(
         state: what an earlier step returned; None = fresh documents (the tuned initial state where there is one).
         weight_total: what the loss sum is divided by; None = the weights of this call. Give the sum over all calls
             of an optimizer step.
-        others: see `backward_through_chunks`.
+    Everything else is as in `backward_through_chunks`. tokens[:, 0] is nobody's target here either, also where it goes
+    on from a carried state: what an earlier call ended with is not at hand to predict it.
     Raises:
         ValueError: weight_total is 0 or negative, or a shape or argument is wrong.
     """
@@ -136,5 +137,6 @@ def _check(
         raise ValueError(f"starts: expected bool, got {starts.dtype}")
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: expected at least 1, got {chunk_tokens}")
-    if window != "document" and (not isinstance(window, int) or window < 1):
+    is_count = isinstance(window, int) and not isinstance(window, bool)
+    if window != "document" and (not is_count or window < 1):
         raise ValueError(f'window: expected "document" or a number of chunks >= 1, got {window!r}')

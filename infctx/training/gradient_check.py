@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from infctx.data.chunking import chunk_rows, join_pieces
 from infctx.data.document import Document
 from infctx.errors import DataError, machine_fault
 from infctx.model.finch import Finch
-from infctx.model.state import ModelState, state_dtype
+from infctx.model.state import ModelState
 from infctx.training.bptt import Window, backward_through_windows
 from infctx.training.precision import Precision
 from infctx.training.step import chunk_to
@@ -62,7 +63,7 @@ def check_gradient(
     backward: Callable[[Tensor], None],
     num_tokens: int | None = None,
 ) -> GradientCheck:
-    """Compare the three gradients on the beginning of the longest document.
+    """Compare the three gradients on the longest document, from where it begins to be trained.
 
     Args:
         objective: a ChunkObjective over `model`, wrapped by an engine or not.
@@ -105,20 +106,22 @@ def _compare(
     precision: Precision,
     backward: Callable[[Tensor], None],
 ) -> GradientCheck:
-    # A prefix of one chunk would be one piece both times.
+    trained = np.flatnonzero(document.weights)
+    if len(trained) == 0:
+        raise DataError(f"{document.origin}: nothing to learn in it.")
+    # Past a prompt that is longer than the piece: with the first trained token behind a quarter of it.
+    begin = max(0, min(int(trained[0]) - length // 4, len(document) - 1 - length))
+    # A piece of one chunk would be one piece both times.
     chunk_tokens = min(chunk_tokens, max(1, length // 4))
 
     def gradients(piece_tokens: int, reach: Window) -> Gradients:
-        sequence = chunk_rows([join_pieces([(document, 0)], num_tokens=length)], chunk_tokens=piece_tokens)
-        if sequence.weight_total == 0:
-            raise DataError(f"{document.origin}: nothing to learn in its first {length} tokens.")
+        sequence = chunk_rows([join_pieces([(document, begin)], num_tokens=length)], chunk_tokens=piece_tokens)
         model.zero_grad(set_to_none=True)
         device = next(model.parameters()).device
-        dtype = state_dtype(model.compute_dtype or model.embedding.weight.dtype)
         backward_through_windows(
             objective,
             [chunk_to(chunk, device) for chunk in sequence.chunks],
-            ModelState.zeros(model.config, 1, dtype=dtype, device=device),
+            ModelState.zeros(model.config, 1, dtype=model.state_dtype, device=device),
             window=reach,
             weight_total=sequence.weight_total,
             backward=backward,

@@ -13,13 +13,29 @@ from torch import Tensor
 
 from infctx.data.step_source import StepData
 from infctx.errors import InfctxError
-from infctx.model.state import ModelState, state_dtype
+from infctx.model.state import ModelState
 from infctx.training.bptt import has_dropout
 from infctx.training.resume import random_state, resume_run, save_run
 from infctx.training.run import Done, Place, Run
 from infctx.training.signals import StopRequested, StopSignals
 from infctx.training.step import run_step
 from infctx.training.validation import validation_loss
+
+# Of every line of metrics.jsonl; the line before the first step has nulls where nothing was done.
+STEP_KEYS = (
+    "step",
+    "tokens",
+    "loss",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "chunks",
+    "window",
+    "carried_rows",
+    "peak_device_bytes",
+    "peak_host_bytes",
+    "seconds",
+)
 
 
 def train(run: Run) -> Done:
@@ -40,7 +56,7 @@ def train(run: Run) -> Done:
 
 def _run_steps(run: Run, done: Done, row_states: list[ModelState], signals: StopSignals) -> Done:
     if done.step == 0 and run.validation and done.first_val_loss is None:
-        done.owed = {"step": 0, "tokens": 0}
+        done.owed = dict.fromkeys(STEP_KEYS) | {"step": 0, "tokens": 0}
     while True:
         place = Place(cursor=run.source.cursor(), random_state=random_state(run.device), row_states=row_states)
         try:
@@ -115,20 +131,21 @@ def _one_step(
     done.tokens += report.num_tokens
     done.train_loss = _finite(report.loss) if report.loss is not None else done.train_loss
     done.steps_without_target += report.loss is None
-    done.owed = {
-        "step": done.step,
-        "tokens": done.tokens,
-        "loss": _finite(report.loss),
-        "lr": rate,
-        "grad_norm": _finite(report.grad_norm),
-        "tokens_per_second": report.num_tokens / seconds,
-        "chunks": report.num_chunks,
-        "window": run.settings.window,
-        "carried_rows": num_carried,
-        "peak_device_bytes": _peak_device_bytes(run.device),
-        "peak_host_bytes": _peak_host_bytes(),
-        "seconds": seconds,
-    }
+    values = (
+        done.step,
+        done.tokens,
+        _finite(report.loss),
+        rate,
+        _finite(report.grad_norm),
+        report.num_tokens / seconds,
+        report.num_chunks,
+        run.settings.window,
+        num_carried,
+        _peak_device_bytes(run.device),
+        _peak_host_bytes(),
+        seconds,
+    )
+    done.owed = dict(zip(STEP_KEYS, values, strict=True))
     if report.not_updated is not None:
         done.owed["not_updated"] = report.not_updated
         run.progress.message(f"step {done.step}: no update: {report.not_updated}")
@@ -176,8 +193,7 @@ def _stoppable(run: Run, signals: StopSignals) -> Callable[..., tuple[Tensor, ..
 
 def _zeros(run: Run, rows: int) -> ModelState:
     """The value does not matter where a document starts at the first token; the shape and dtype do."""
-    compute_dtype = run.model.compute_dtype or run.model.embedding.weight.dtype
-    return ModelState.zeros(run.model.config, rows, dtype=state_dtype(compute_dtype), device=run.device)
+    return ModelState.zeros(run.model.config, rows, dtype=run.model.state_dtype, device=run.device)
 
 
 def _peak_device_bytes(device: torch.device) -> int:

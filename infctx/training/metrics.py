@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jsonlines
 
+from infctx.checkpoint.atomic import write_file_atomically
 from infctx.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class MetricsLog:
             content = self.path.read_bytes()
             kept = b"".join(line + b"\n" for line in content.split(b"\n") if _is_up_to(line, step))
             if kept != content:
-                _replace(self.path, kept)
+                write_file_atomically(self.path, lambda path: path.write_bytes(kept))
         except OSError as error:
             self._warn(f"cannot shorten {self.path} ({error.strerror or error})")
 
@@ -107,15 +108,3 @@ def _cut_torn_line(path: Path) -> None:
     content = path.read_bytes()
     if content and not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    sibling = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with sibling.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(sibling, path)
-    finally:
-        sibling.unlink(missing_ok=True)

@@ -90,6 +90,23 @@ def test_prefixed_and_squeezed_keys_are_accepted(
     assert torch.equal(logits, make_finch("6")(TOKENS)[0])
 
 
+@pytest.mark.parametrize("version", ["6", "5.2"])
+def test_squeezed_tensors_of_one_head_are_what_they_were(
+    make_finch: Callable[..., Finch], tmp_path: Path, version: str
+) -> None:
+    model = make_finch(version, n_embd=16, head_size=16, has_initial_state=True)
+    squeezed = {name: tensor.squeeze().contiguous() for name, tensor in official_tensors(model).items()}
+    assert squeezed["blocks.0.att.time_state"].dim() == 2
+    logits, _ = load_model(save(squeezed, tmp_path))(TOKENS)
+    assert torch.equal(logits, model(TOKENS)[0])
+
+
+def test_hugging_face_layouts_are_refused_by_name(tmp_path: Path) -> None:
+    for name in ("rwkv.blocks.0.attention.key.weight", "model.layers.0.attn.r_proj.linear.weight"):
+        with pytest.raises(CheckpointError, match="Hugging Face layout"):
+            load_model(save({name: torch.zeros(2, 2)}, tmp_path))
+
+
 @pytest.mark.parametrize(
     ("extra", "what"),
     [

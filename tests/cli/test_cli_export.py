@@ -126,6 +126,18 @@ def test_a_model_of_infinities_is_the_users(cli: Any, models: dict[str, Path], t
         assert "max_logit_difference" in exported.json
 
 
+def test_an_export_that_cannot_be_proved_leaves_the_old_file(cli: Any, models: dict[str, Path], tmp_path: Path) -> None:
+    tensors = torch.load(models["pth"], weights_only=True)
+    tensors["head.weight"].fill_(1e5)
+    torch.save({name: tensor.float() for name, tensor in tensors.items()}, tmp_path / "large.pth")
+    output = tmp_path / "out.pth"
+    output.write_text("the old file")
+    ended = cli("export", tmp_path / "large.pth", "--output", output, "--dtype", "fp16", "--force")
+    ended.refused("not finite")
+    assert output.read_text() == "the old file"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large.pth", "out.pth"]
+
+
 # A full disk
 
 

@@ -194,6 +194,19 @@ def test_packed_documents_equal_separate_ones(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_start_at_the_first_token_discards_any_state(backend: str) -> None:
+    *sequence, bonus, state, start_state = make_inputs(40, (-6.0, 1.0))
+    starts = torch.zeros(2, 40, dtype=torch.bool)
+    starts[0, 0] = True
+    expected = run([*sequence, bonus, state, start_state], starts, "reference", torch.float64)
+    broken = state.clone()
+    broken[0] = torch.inf
+    found = run([*sequence, bonus, broken, start_state], starts, backend, torch.float64)
+    assert max(errors(found, expected).values()) < 1e-11
+    assert not bool(found["d state"][0].any())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_keep_a_float32_state(backend: str, dtype: torch.dtype) -> None:
     inputs = [x.to(dtype) for x in make_inputs(40, (-6.0, 1.0))[:5]]

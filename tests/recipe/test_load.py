@@ -125,7 +125,7 @@ run:
     )
     assert message.splitlines() == [
         "recipe.yaml, line 1: model.path: missing. "
-        "Model file or folder: official .pth, .safetensors, or a Hugging Face folder.",
+        "Model file: an official .pth, or .safetensors as this project writes it.",
         "recipe.yaml, line 1: model.pth: unknown key. Did you mean model.path?",
         "recipe.yaml, line 3: data.path[1]: expected text, got 1.",
         "recipe.yaml, line 4: data.template: expected text or completion, got 'chatt'.",

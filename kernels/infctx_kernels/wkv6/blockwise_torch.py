@@ -37,6 +37,10 @@ def wkv6_blockwise(
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence in the state's dtype; shapes as in `op.wkv6`, all tensors already in that dtype."""
     rows, num_tokens, heads, head_size = receptance.shape
+    if starts is not None:
+        # Not by a product with 0: a state that is not finite would stay.
+        fresh = torch.zeros_like(state) if start_state is None else start_state.expand_as(state)
+        state = torch.where(starts[:, 0, None, None, None], fresh, state)
     block = min(BLOCK_TOKENS, 1 << (num_tokens - 1).bit_length())
     # Padding tokens read nothing, write nothing (key 0) and do not decay (log 0): the state stays the last token's.
     padding = -num_tokens % block
