@@ -26,6 +26,8 @@ def run_child(request: dict) -> None:
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
     if request["max_file_bytes"] is not None:
+        # Python's own bytecode would be cut off too, and be read so by the next process.
+        sys.dont_write_bytecode = True
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["max_file_bytes"], request["max_file_bytes"]))
     code = 99
     try:
