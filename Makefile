@@ -74,7 +74,7 @@ quickstart: $(VENV)/.core
 	$(BIN)/infctx train recipes/quickstart.yaml
 	$(BIN)/infctx export runs/quickstart --format pth --dtype fp32 --output runs/quickstart/model.pth --force
 	$(BIN)/infctx generate runs/quickstart/model.pth --prompt 'The "for" statement is used to ' \
-		--max-tokens 250 --temperature 0.8 --seed 1
+		--max-tokens 250 --temperature 1.0 --top-p 0.95 --seed 1
 
 # As modules: a tool that came with the torch of PYTHON has no command in .venv/bin.
 check: $(VENV)/.test
