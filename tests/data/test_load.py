@@ -1,6 +1,7 @@
 """From files to documents: the policy for bad rows, the validation split, and the ledger."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from infctx.data.document import Document
 from infctx.data.load import ledger, load_documents, split_tail, split_validation
+from infctx.data.templates import TEMPLATES, Rendered
 from infctx.data.tokenizer import BytesTokenizer, WorldTokenizer
 from infctx.errors import DataError
 
@@ -203,3 +205,22 @@ def test_ledger_accounts_for_every_token(mixed_rows: Path, tmp_path: Path) -> No
     parts = ledger(tail_train + tail_validation, [])
     assert parts["tokens"]["in"] == 16  # type: ignore[index]
     assert parts["tokens"]["masked"] == 4 + len(tail_validation)  # type: ignore[index]
+
+
+def test_the_tokens_of_a_row_with_nothing_to_train_on_are_counted_as_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only_long_texts(fields: Mapping[str, object]) -> Rendered:
+        text = str(fields["text"])
+        spans = ((0, len(text)),) if len(text) > 3 else ()
+        return Rendered(text=text, trained_spans=spans, trains_end_of_text=bool(spans))
+
+    monkeypatch.setitem(TEMPLATES, "text", only_long_texts)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "abc"}\nnot json\n{"text": "defg"}\n')
+    loaded = load_documents([str(path)], tokenizer=BytesTokenizer(), on_bad_row="skip")
+    # Three bytes and the end of text. A row that cannot be read has no tokens to count.
+    assert loaded.tokens_dropped == 4
+    account = ledger(loaded.documents, loaded.rejected, dropped=loaded.tokens_dropped)
+    assert account["tokens"] == {"in": 9, "trained": 4, "masked": 1, "dropped": 4}
+    assert [row["line"] for row in account["rejected_rows"]] == [1, 2]
