@@ -12,9 +12,8 @@ import jaxtyping
 import pytest
 import torch
 
-from infctx.model.config import FinchConfig
 from infctx.model.finch import Finch
-from infctx.model.init import initialise_
+from infctx.model.init import initialise_, new_config
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,16 +44,15 @@ def random_finch(
     seed: int = 0,
 ) -> Finch:
     """A model in which every path carries signal: fresh weights are zero in many places and would hide errors."""
-    config = FinchConfig(
+    config = new_config(
         version=version,
         n_layer=n_layer,
         n_embd=n_embd,
         vocab_size=vocab_size,
         head_size=head_size,
-        n_head=n_embd // head_size,
         dim_ffn=dim_ffn,
-        lerp_rank=lerp_rank if version == "6" else 0,
-        decay_rank=decay_rank if version == "6" else 0,
+        lerp_rank=lerp_rank,
+        decay_rank=decay_rank,
     )
     model = Finch(config, has_initial_state=has_initial_state)
     initialise_(model, seed=seed)
