@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from infctx.checkpoint.model_file import ModelFile, read_model_file
 from infctx.checkpoint.run_lock import RunLock
 from infctx.checkpoint.run_state import RunState, load_run_state
 from infctx.data.document import Document
-from infctx.data.load import LoadedData, load_documents, split_tail, split_validation
+from infctx.data.load import LoadedData, ledger, load_documents, split_tail, split_validation
 from infctx.data.step_source import StepSource
 from infctx.data.stream import DocumentSource, StreamSource
 from infctx.data.tokenizer import tokenizer_by_name, tokenizer_for_vocab
@@ -28,7 +29,8 @@ from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.recipe.load import load_recipe, recipe_differences, write_recipe
 from infctx.recipe.schema import Recipe
-from infctx.training.boundary_store import BoundaryPlan, choose_store, state_bytes
+from infctx.training.activation_memory import should_recompute
+from infctx.training.boundary_store import BoundaryPlan, choose_store, free_bytes, free_host_bytes, state_bytes
 from infctx.training.bptt import ChunkObjective
 from infctx.training.fabric_run import FabricEngine
 from infctx.training.gradient_check import GradientCheck, check_gradient
@@ -43,6 +45,7 @@ from infctx_kernels import BackendError, choose_backend
 RECIPE_FILE = "recipe.yaml"
 RESULT_FILE = "result.json"
 LOG_FILE = "run.log"
+LEDGER_FILE = "ledger.json"
 BOUNDARY_FOLDER = "boundaries"
 RESULT_KEYS = ("steps", "train_loss", "val_loss", "first_val_loss", "tokens", "folder")
 
@@ -134,7 +137,8 @@ def run_recipe(recipe: Recipe, progress: Progress, *, fresh: bool = False) -> di
         with RunLock(folder):
             return _run_in_folder(recipe, parts, progress, folder)
     except Exception as error:
-        if (fault := machine_fault(error)) is not None:
+        fault = str(error) if isinstance(error, MachineError) else machine_fault(error)
+        if fault is not None:
             raise MachineError(f"{fault}\n{_last_checkpoint(folder)}") from error
         raise
 
@@ -146,6 +150,7 @@ def _run_in_folder(recipe: Recipe, parts: _Parts, progress: Progress, folder: Pa
         return {**finished, "already_finished": True}
     remove_unfinished(folder)
     write_recipe(_with_choices(recipe, parts), folder / RECIPE_FILE)
+    _write_json(folder / LEDGER_FILE, _account(parts.data))
     # A killed run's boundaries are worth nothing to the next one.
     remove_tree(folder / BOUNDARY_FOLDER)
     try:
@@ -154,8 +159,20 @@ def _run_in_folder(recipe: Recipe, parts: _Parts, progress: Progress, folder: Pa
         remove_tree(folder / BOUNDARY_FOLDER)
     values = (done.step, done.train_loss, done.val_loss, done.first_val_loss, done.tokens, str(folder))
     result = dict(zip(RESULT_KEYS, values, strict=True))
-    write_file_atomically(folder / RESULT_FILE, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    _write_json(folder / RESULT_FILE, result)
     return {**result, "already_finished": False}
+
+
+def _account(data: RunData) -> dict[str, object]:
+    """Where every token of the training data went, and what was held out."""
+    account = ledger(data.training, data.loaded.rejected, dropped=data.loaded.tokens_dropped)
+    held_out = {"documents": len(data.validation), "tokens": sum(len(document) for document in data.validation)}
+    return {**account, "held_out": held_out}
+
+
+def _write_json(path: Path, value: object) -> None:
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_file_atomically(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
 def check_recipe(
@@ -175,6 +192,7 @@ def check_recipe(
     if not with_gradient:
         return lines, None
     objective, _ = _set_up(recipe, parts)
+    _choose_activations(recipe, parts, objective)
     measured = check_gradient(
         objective,
         parts.model_file.model,
@@ -223,6 +241,7 @@ class _Parts:
     data: RunData
     backend: str
     num_base_parameters: int
+    boundaries: BoundaryPlan
 
 
 def _open_parts(recipe: Recipe) -> _Parts:
@@ -247,6 +266,7 @@ def _open_parts(recipe: Recipe) -> _Parts:
         data=data,
         backend=str(backend),
         num_base_parameters=num_base_parameters,
+        boundaries=_boundaries(recipe, model_file.model, data, engine.device),
     )
 
 
@@ -301,6 +321,7 @@ def _set_up(recipe: Recipe, parts: _Parts) -> tuple[nn.Module, torch.optim.Optim
 def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
     model, optimizer_section = parts.model_file.model, recipe.optimizer
     objective, optimizer = _set_up(recipe, parts)
+    is_recomputed = _choose_activations(recipe, parts, objective)
     source = _source(recipe, parts.data.training)
     folder = Path(recipe.run.folder)
     return Run(
@@ -326,13 +347,14 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
             clip=optimizer_section.clip,
             checkpoint_every=recipe.run.checkpoint_every,
             validate_every=recipe.run.validate_every,
+            checkpoint_minutes=recipe.run.checkpoint_minutes,
             keep_checkpoints=recipe.run.keep_checkpoints,
             max_nonfinite_steps=recipe.run.max_nonfinite_steps,
-            boundaries=_boundaries(recipe, parts, folder),
+            boundaries=parts.boundaries,
         ),
         metrics=MetricsLog(folder / "metrics.jsonl"),
         progress=progress,
-        headline=_headline(recipe, parts),
+        headline=[*_headline(recipe, parts), _memory_in_words(parts, is_recomputed=is_recomputed)],
         facts={
             "tokenizer": parts.data.tokenizer,
             "base_fingerprint": parts.model_file.fingerprint,
@@ -343,17 +365,50 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
     )
 
 
-def _boundaries(recipe: Recipe, parts: _Parts, folder: Path) -> BoundaryPlan:
-    """Where boundary states go, for the longest window of the run."""
-    bptt, config = recipe.bptt, parts.model_file.model.config
-    num_chunks = bptt.window
-    if num_chunks == "document":
-        longest = max(max(len(document) for document in parts.data.training), recipe.data.pack_tokens or 0)
-        num_chunks = -(-longest // bptt.chunk_tokens)
-    one_row = ModelState.zeros(config, 1, dtype=torch.float32, device="meta")
-    num_bytes = state_bytes(one_row) * recipe.run.rows * num_chunks
-    where = choose_store(num_bytes, parts.engine.device) if bptt.boundaries == "auto" else bptt.boundaries
-    return BoundaryPlan(where=where, is_thinned=bptt.thin_boundaries, folder=folder / BOUNDARY_FOLDER)
+def _boundaries(recipe: Recipe, model: Finch, data: RunData, device: torch.device) -> BoundaryPlan:
+    """Where boundary states go, for the longest window of the run; refuses one that has no room."""
+    bptt, folder = recipe.bptt, Path(recipe.run.folder)
+    longest = max(max(len(document) for document in data.training), recipe.data.pack_tokens or 0)
+    num_chunks = -(-longest // bptt.chunk_tokens) if bptt.window == "document" else bptt.window
+    one_state = state_bytes(ModelState.zeros(model.config, recipe.run.rows, dtype=torch.float32, device="meta"))
+    plan = BoundaryPlan(is_thinned=bptt.thin_boundaries, folder=folder / BOUNDARY_FOLDER)
+    needed = one_state * plan.most_kept(num_chunks)
+    where = choose_store(needed, device) if bptt.boundaries == "auto" else bptt.boundaries
+    above = next(path for path in folder.absolute().parents if path.exists())
+    free = {"device": free_bytes(device), "host": free_host_bytes(), "disk": shutil.disk_usage(above).free}[where]
+    if needed > free:
+        thinned = replace(plan, is_thinned=True)
+        raise RecipeError(
+            f"bptt.window: {bptt.window} does not fit: up to {plan.most_kept(num_chunks):,} boundary states of "
+            f"{one_state / 1e6:,.1f} MB are {needed / 1e9:,.2f} GB, and {where} has {free / 1e9:,.2f} GB free. Use "
+            f"bptt.thin_boundaries: true ({one_state * thinned.most_kept(num_chunks) / 1e9:,.2f} GB), a longer "
+            "bptt.chunk_tokens, a window of fewer chunks, or another of bptt.boundaries: device, host, disk."
+        )
+    return replace(plan, where=where)
+
+
+def _choose_activations(recipe: Recipe, parts: _Parts, objective: nn.Module) -> bool:
+    """Whether each layer is computed again in the backward pass."""
+    model, wanted = parts.model_file.model, recipe.bptt.activations
+    if wanted == "auto":
+        longest = max(len(document) for document in parts.data.training)
+        # A stream has documents one after another, however short.
+        chunk = recipe.bptt.chunk_tokens if recipe.data.mode == "stream" else min(recipe.bptt.chunk_tokens, longest)
+        model.train()
+        is_recomputed = should_recompute(
+            objective, model, tokens_at_once=recipe.run.rows * chunk, device=parts.engine.device
+        )
+    else:
+        is_recomputed = wanted == "recompute"
+    model.recompute_layers(is_recomputed)
+    return is_recomputed
+
+
+def _memory_in_words(parts: _Parts, *, is_recomputed: bool) -> str:
+    activations = "recomputed layer by layer" if is_recomputed else "kept"
+    places = {"device": "on the device", "host": "in host memory", "disk": "on disk"}
+    thinned = ", thinned" if parts.boundaries.is_thinned else ""
+    return f"memory     activations of a chunk {activations}; boundary states {places[parts.boundaries.where]}{thinned}"
 
 
 def _adapter_writer(adapter: Adapter, folder: Path) -> Callable[[], None]:

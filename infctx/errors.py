@@ -34,6 +34,11 @@ def machine_fault(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         where = f" ({error.filename})" if error.filename else ""
         return f"The disk failed: {error.strerror or error}{where}."
+    return memory_fault(error)
+
+
+def memory_fault(error: BaseException) -> str | None:
+    """Say that there was too little memory, of the host or of a device, or None if this error is another."""
     is_out_of_memory = (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

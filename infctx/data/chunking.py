@@ -1,7 +1,13 @@
-"""Rows of tokens, cut into the chunks that the model sees one after another."""
+"""Rows of tokens, cut into the chunks that the model sees one after another.
+
+Rows are kept small (7 bytes a token); a chunk is cut when it is asked for, so that a long document costs no more.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -16,16 +22,18 @@ class RowSlice:
     """What one row contributes to one step.
 
     Attributes:
-        tokens: int64 [n]; n may be 0.
-        targets: int64 [n], the token after each; 0 where there is none.
+        tokens: ids [n], of any integer type; n may be 0.
+        targets: ids [n], the token after each; 0 where there is none.
         weights: float32 [n], the weight of each target.
         starts: bool [n], True at a document's first token.
+        origins: of the documents it holds a part of.
     """
 
-    tokens: npt.NDArray[np.int64]
-    targets: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.integer]
+    targets: npt.NDArray[np.integer]
     weights: npt.NDArray[np.float32]
     starts: npt.NDArray[np.bool_]
+    origins: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -56,6 +64,16 @@ class Chunk:
     index: int
     has_loss: bool
 
+    def to(self, device: torch.device) -> Chunk:
+        """The chunk on a device."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+            loss_weight=self.loss_weight.to(device, non_blocking=True),
+            starts=None if self.starts is None else self.starts.to(device, non_blocking=True),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ChunkSequence:
@@ -64,11 +82,55 @@ class ChunkSequence:
     Attributes:
         weight_total: the sum of all weights, in float64.
         num_tokens: real tokens; padding is not counted.
+        origins: of the documents in the rows, in their order.
     """
 
-    chunks: tuple[Chunk, ...]
+    chunks: RowChunks
     weight_total: float
     num_tokens: int
+    origins: tuple[str, ...]
+
+    def in_pieces(self, piece_tokens: int) -> ChunkSequence:
+        """The same rows with every chunk cut into pieces of at most so many tokens, counted from the chunk's first."""
+        return replace(self, chunks=replace(self.chunks, piece_tokens=piece_tokens))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RowChunks(Sequence[Chunk]):
+    """The chunks of some rows, each cut when it is asked for.
+
+    Attributes:
+        num_tokens: length of the rows with their padding on the right.
+        chunk_tokens: tokens in a chunk; the last may be shorter.
+        piece_tokens: a chunk is given in pieces of at most so many tokens; chunk_tokens = whole.
+    """
+
+    rows: Sequence[RowSlice]
+    num_tokens: int
+    chunk_tokens: int
+    piece_tokens: int
+
+    @property
+    def pieces_per_chunk(self) -> int:
+        """Pieces of a chunk that is not the last."""
+        return -(-self.chunk_tokens // self.piece_tokens)
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.num_tokens, self.chunk_tokens)
+        return full * self.pieces_per_chunk + -(-rest // self.piece_tokens)
+
+    @overload
+    def __getitem__(self, index: int) -> Chunk: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Chunk]: ...
+    def __getitem__(self, index: int | slice) -> Chunk | list[Chunk]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        index = range(len(self))[index]
+        chunk, piece = divmod(index, self.pieces_per_chunk)
+        begin = chunk * self.chunk_tokens + piece * self.piece_tokens
+        end = min(begin + self.piece_tokens, (chunk + 1) * self.chunk_tokens, self.num_tokens)
+        return _cut(self.rows, begin, end, index=index)
 
 
 def join_pieces(pieces: Iterable[tuple[Document, int]], *, num_tokens: int) -> RowSlice:
@@ -87,7 +149,8 @@ def join_pieces(pieces: Iterable[tuple[Document, int]], *, num_tokens: int) -> R
         kept.append((document, begin, begin + num_taken))
         num_missing -= num_taken
     length = sum(end - begin for _, begin, end in kept)
-    ahead_tokens = np.zeros(length + 1, dtype=np.int64)
+    id_type = np.result_type(np.uint16, *(document.tokens.dtype for document, _, _ in kept))
+    ahead_tokens = np.zeros(length + 1, dtype=id_type)
     ahead_weights = np.zeros(length + 1, dtype=np.float32)
     starts = np.zeros(length, dtype=np.bool_)
     place = 0
@@ -103,6 +166,8 @@ def join_pieces(pieces: Iterable[tuple[Document, int]], *, num_tokens: int) -> R
         targets=ahead_tokens[1 : length + 1],
         weights=ahead_weights[1 : length + 1],
         starts=starts[:length],
+        # The last may be there for its first token alone, which is a target and no input.
+        origins=tuple(document.origin for document, _, _ in kept),
     )
 
 
@@ -114,14 +179,11 @@ def chunk_rows(rows: Sequence[RowSlice], *, chunk_tokens: int, min_tokens: int =
     assert rows, "a group has no rows"
     assert chunk_tokens >= 1, f"chunk_tokens={chunk_tokens}"
     length = max(min_tokens, *(len(row) for row in rows))
-    chunks = []
-    for index, begin in enumerate(range(0, length, chunk_tokens)):
-        end = min(begin + chunk_tokens, length)
-        chunks.append(_cut(rows, begin, end, index=index))
     return ChunkSequence(
-        chunks=tuple(chunks),
+        chunks=RowChunks(rows=rows, num_tokens=length, chunk_tokens=chunk_tokens, piece_tokens=chunk_tokens),
         weight_total=sum(row.weight_total for row in rows),
         num_tokens=sum(len(row) for row in rows),
+        origins=tuple(dict.fromkeys(origin for row in rows for origin in row.origins)),
     )
 
 

@@ -5,11 +5,13 @@ the rows [r * rows * accumulate, (r + 1) * rows * accumulate), in groups of `row
 (they are cheap) and hands out its own, so all ranks agree on the weight total and the number of chunks without talking.
 """
 
+from __future__ import annotations
+
 import functools
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,13 +30,21 @@ class StepData:
         groups: `accumulate` groups of `rows` rows; group g has the same number of chunks on every rank, at least one.
         weight_total: over all rows of all groups and ranks, in float64.
         num_tokens: real tokens over all rows and ranks.
+        chunk_tokens: tokens in a chunk.
         carries_state: True = each row continues from the state the previous step left; False = from a fresh one.
     """
 
     groups: tuple[ChunkSequence, ...]
     weight_total: float
     num_tokens: int
+    chunk_tokens: int
     carries_state: bool
+
+    def in_pieces(self, piece_tokens: int | None) -> StepData:
+        """The same step with its chunks cut into pieces of at most so many tokens; None = whole."""
+        if piece_tokens is None:
+            return self
+        return replace(self, groups=tuple(group.in_pieces(piece_tokens) for group in self.groups))
 
 
 class StepSource(ABC):
@@ -118,6 +128,7 @@ class StepSource(ABC):
             groups=tuple(groups),
             weight_total=sum(row.weight_total for row in slices),
             num_tokens=sum(len(row) for row in slices),
+            chunk_tokens=self._chunk_tokens,
             carries_state=self.carries_state,
         )
 

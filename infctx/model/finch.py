@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from infctx.model.catalog import BLOCK_PARTS
 from infctx.model.config import FinchConfig
@@ -65,6 +66,7 @@ class Finch(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # The dtype of the activations where it is not that of the weights: bf16 training keeps some weights float32.
         self.compute_dtype: torch.dtype | None = None
+        self.recomputes_layers = False
 
     def forward(
         self, tokens: Tokens, state: ModelState | None = None, *, starts: Starts | None = None
@@ -90,7 +92,10 @@ class Finch(nn.Module):
         x = self._embed(tokens)
         layers = []
         for block, layer_state in zip(self.blocks, _by_layer(state), strict=True):
-            x, *new_states = block(x, *layer_state, starts)
+            if self.recomputes_layers and torch.is_grad_enabled():
+                x, *new_states = checkpoint(block, x, *layer_state, starts, use_reentrant=False)
+            else:
+                x, *new_states = block(x, *layer_state, starts)
             layers.append(new_states)
         return self.output_norm(x), _stacked(layers)
 
@@ -119,6 +124,10 @@ class Finch(nn.Module):
     def state_dtype(self) -> torch.dtype:
         """The dtype of the recurrent state."""
         return state_dtype(self._activation_dtype())
+
+    def recompute_layers(self, wanted: bool = True) -> None:
+        """Keep only each layer's input for the backward pass, and run the layer again there: the same numbers."""
+        self.recomputes_layers = wanted
 
     def use_backend(self, name: str | None) -> None:
         """Run the recurrence on this WKV6 backend; None = the fastest that can run where the tensors are."""

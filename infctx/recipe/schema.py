@@ -141,6 +141,11 @@ class BpttSection(Section):
         default="document",
         description="Chunks the gradient crosses; document: the whole document, the exact gradient.",
     )
+    activations: Literal["auto", "keep", "recompute"] = Field(
+        default="auto",
+        description="A chunk's activations for its backward pass: keep them, or recompute them layer by layer, slower "
+        "and in far less memory, with the same result; auto: keep where they are expected to fit.",
+    )
     boundaries: Literal["auto", "device", "host", "disk"] = Field(
         default="auto",
         description="Where the states between the chunks of a window wait: on the device, in host memory, or on disk "
@@ -215,6 +220,10 @@ class RunSection(Section):
     )
     checkpoint_every: Count | None = Field(
         default=None, description="Steps between checkpoints; null: one at the end only."
+    )
+    checkpoint_minutes: Annotated[Number, Field(gt=0)] | None = Field(
+        default=30.0,
+        description="Minutes after which a checkpoint is written all the same, also inside a step; null: never.",
     )
     validate_every: Count | None = Field(
         default=None, description="Steps between validations; null: before the first and after the last step only."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -32,8 +32,11 @@ class BoundaryStore(Protocol):
     def put(self, state: ModelState) -> None:
         """Keep a state; it may be freed by the caller afterwards."""
 
-    def pop(self) -> ModelState:
-        """Give back the state that was put last, on the device it came from, and forget it."""
+    def read(self, place: int) -> ModelState:
+        """Give back the state that was put as number `place`, counted from 0, on the device it came from."""
+
+    def drop(self) -> None:
+        """Forget the state that was put last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +57,11 @@ class BoundaryPlan:
             return DiskStore(self.folder)
         return HostStore() if self.where == "host" else DeviceStore()
 
+    def most_kept(self, num_chunks: int) -> int:
+        """The number of states held at once for a window of so many chunks, at most."""
+        stride = self.stride(num_chunks)
+        return -(-num_chunks // stride) + stride
+
     def stride(self, num_chunks: int) -> int:
         """Every how many chunks a boundary is kept."""
         return max(1, math.isqrt(num_chunks)) if self.is_thinned else 1
@@ -69,9 +77,13 @@ class DeviceStore:
         """Keep the state itself."""
         self._states.append(state)
 
-    def pop(self) -> ModelState:
-        """The state that was put last."""
-        return self._states.pop()
+    def read(self, place: int) -> ModelState:
+        """The state itself."""
+        return self._states[place]
+
+    def drop(self) -> None:
+        """Let go of the last."""
+        self._states.pop()
 
 
 class HostStore:
@@ -89,14 +101,18 @@ class HostStore:
             copies.append(copy.copy_(tensor, non_blocking=True))
         self._states.append((device, copies))
 
-    def pop(self) -> ModelState:
+    def read(self, place: int) -> ModelState:
         """Copy back."""
-        device, copies = self._states.pop()
+        device, copies = self._states[place]
         return ModelState(*(tensor.to(device, non_blocking=True) for tensor in copies))
+
+    def drop(self) -> None:
+        """Let go of the last."""
+        self._states.pop()
 
 
 class DiskStore:
-    """One file for each state, removed when it is popped; for this process alone, and worth nothing after it."""
+    """One file for each state, removed when it is dropped; for this process alone, and worth nothing after it."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -116,56 +132,87 @@ class DiskStore:
             raise
         self._kept.append((state.wkv.device, [(tensor.shape, tensor.dtype) for tensor in state]))
 
-    def pop(self) -> ModelState:
-        """Read the file and remove it."""
-        device, forms = self._kept.pop()
-        path = self._path(len(self._kept))
+    def read(self, place: int) -> ModelState:
+        """Read the file."""
+        device, forms = self._kept[place]
         tensors = []
-        with path.open("rb") as file:
+        with self._path(place).open("rb") as file:
             for shape, dtype in forms:
                 numbers = np.fromfile(
                     file, dtype=np.float64 if dtype == torch.float64 else np.float32, count=shape.numel()
                 )
                 tensors.append(torch.from_numpy(numbers).view(shape).to(device))
-        path.unlink()
         return ModelState(*tensors)
+
+    def drop(self) -> None:
+        """Remove the last file."""
+        self._kept.pop()
+        self._path(len(self._kept)).unlink()
 
     def _path(self, index: int) -> Path:
         return self._folder / f"boundary-{index:06d}.bin"
 
 
+Boundary = tuple[int, ModelState]
+"""A chunk's index in its window, and the state before it."""
+
+
 class Bank:
-    """The boundary states of one window: filled front to back by sweep 1, taken back to front by sweep 2.
+    """The boundary states of one window: put front to back by sweep 1, taken back to front by sweep 2.
+
+    A stack whose lower part lies in the store, perhaps thinned, and whose upper part is at hand. What is asked for and
+    was not kept is computed from the nearest state before it.
 
     advance: (chunk index in the window, state before it) -> state after it, without a graph.
     """
 
     def __init__(self, plan: BoundaryPlan, num_chunks: int, advance: Callable[[int, ModelState], ModelState]) -> None:
         self._store = plan.open_store()
+        self._stored: list[int] = []
+        self._at_hand: list[Boundary] = []
         self._stride = plan.stride(num_chunks)
-        self._num_chunks = num_chunks
+        self._first_at_hand = (num_chunks - 1) // self._stride * self._stride
         self._advance = advance
-        # The states of the part that sweep 2 is in, all of them, the last on top.
-        self._live: list[ModelState] = []
 
-    def fill(self, state: ModelState) -> None:
-        """Sweep 1. The last chunk is not run: sweep 2 begins with it."""
-        last_part = (self._num_chunks - 1) // self._stride
-        for index in range(self._num_chunks):
-            if index // self._stride == last_part:
-                self._live.append(state)
-            elif index % self._stride == 0:
-                self._store.put(state)
-            if index < self._num_chunks - 1:
-                state = self._advance(index, state)
+    def put(self, index: int, state: ModelState) -> None:
+        """Keep the state before this chunk if the plan wants it; indices come in ascending order."""
+        if index >= self._first_at_hand:
+            self._at_hand.append((index, state))
+        elif index % self._stride == 0:
+            self._keep(index, state)
 
     def take(self, index: int) -> ModelState:
         """The state before this chunk; indices come in descending order, each once."""
-        if not self._live:
-            self._live.append(self._store.pop())
-            for before in range(index - index % self._stride, index):
-                self._live.append(self._advance(before, self._live[-1]))
-        return self._live.pop()
+        self.have_at_hand(index)
+        return self._at_hand.pop()[1]
+
+    def have_at_hand(self, index: int) -> None:
+        """Compute the state before this chunk if it is not there; it stays."""
+        if not self._at_hand:
+            self._at_hand.append((self._stored[-1], self._store.read(len(self._stored) - 1)))
+            self._stored.pop()
+            self._store.drop()
+        while self._at_hand[-1][0] < index:
+            before, state = self._at_hand[-1]
+            self._at_hand.append((before + 1, self._advance(before, state)))
+
+    def held(self) -> Iterator[Boundary]:
+        """What is needed to take all that is left: about the square root of it, in ascending order."""
+        indices = self._stored + [index for index, _ in self._at_hand]
+        stride = max(1, math.isqrt(len(indices)))
+        for place, index in enumerate(indices):
+            if place % stride == 0 or place == len(indices) - 1:
+                in_store = place < len(self._stored)
+                yield index, self._store.read(place) if in_store else self._at_hand[place - len(self._stored)][1]
+
+    def put_back(self, boundaries: Iterable[Boundary]) -> None:
+        """Begin with what another bank held."""
+        for index, state in boundaries:
+            self._keep(index, state)
+
+    def _keep(self, index: int, state: ModelState) -> None:
+        self._store.put(state)
+        self._stored.append(index)
 
 
 def choose_store(num_bytes: int, device: torch.device) -> Where:
@@ -175,6 +222,11 @@ def choose_store(num_bytes: int, device: torch.device) -> Where:
     if num_bytes <= HOST_SHARE * free_host_bytes():
         return "device" if device.type == "cpu" else "host"
     return "disk"
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that could be used on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
 
 
 def free_host_bytes() -> int:

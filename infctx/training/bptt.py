@@ -26,6 +26,7 @@ from infctx.model.state import ModelState
 from infctx.shapes import Scalar, Starts, Targets, Tokens, TokenWeights
 from infctx.training.boundary_store import Bank, BoundaryPlan
 from infctx.training.loss import weighted_loss_sum
+from infctx.training.step_place import RandomState, WindowsPlace, random_state, set_random_state
 
 Window = int | Literal["document"]
 
@@ -67,63 +68,199 @@ class ChunkObjective(nn.Module):
 
 class ChunkedResult(NamedTuple):
     """loss_sum: weighted, not divided, detached. state: after the last chunk. initial_state_gradient: of the loss
-    divided by the weight total, with respect to the state before the first chunk."""
+    divided by the weight total, with respect to the state before the first chunk. largest_difference: 0-d, between the
+    states that sweep 1 banked and those that sweep 2 computed again; 0 on a CPU."""
 
     loss_sum: Tensor
     state: ModelState
     initial_state_gradient: ModelState
+    largest_difference: Tensor
 
 
 def backward_through_windows(
     objective: Callable[..., tuple[Tensor, ...]],
     chunks: Sequence[Chunk],
-    state: ModelState,
+    start: ModelState | WindowsPlace,
     *,
     window: Window,
     weight_total: float,
     backward: Callable[[Tensor], None] = torch.autograd.backward,
     keeps_random_state: bool = False,
     boundaries: BoundaryPlan = BoundaryPlan(),  # noqa: B008 (frozen)
+    before_chunk: Callable[[Callable[[], WindowsPlace]], None] | None = None,
 ) -> ChunkedResult:
     """Add the gradient of loss sum / weight_total to every trainable parameter's .grad.
 
     Args:
         objective: a ChunkObjective, wrapped by an engine or not.
-        chunks: consecutive chunks of the same rows, on the device of the model.
-        state: before the first chunk; values only.
+        chunks: consecutive chunks of the same rows.
+        start: the state before the first chunk (values only), on the device of the model; or a place that an earlier
+            call was left at, with .grad as it was there.
         window: chunks whose borders the gradient crosses, counted from the first; "document" = all.
         weight_total: of the whole optimizer step, over all rows, groups and ranks; > 0.
         backward: called with one scalar for each chunk.
         keeps_random_state: replay the random numbers of sweep 1 in sweep 2 (needed with dropout).
         boundaries: where the states between the chunks of a window are kept.
+        before_chunk: called before every chunk of either sweep with a function that tells the place; may raise.
     """
-    length = len(chunks) if window == "document" else window
-    replay = RandomReplay(state.wkv.device) if keeps_random_state else None
-    loss_sum = state.wkv.new_zeros((), dtype=torch.float64)
-    initial_gradient = None
-    for first in range(0, len(chunks), length):
-        part = chunks[first : first + length]
-        bank = Bank(boundaries, len(part), _advance(objective, part, replay))
-        bank.fill(state)
-        adjoint: list[Tensor] | None = None
-        for i in reversed(range(len(part))):
-            leaves = [tensor.detach().requires_grad_() for tensor in bank.take(i)]
-            with _replayed(replay, i):
-                chunk_loss, *after = _call(objective, part[i], leaves, with_loss=part[i].has_loss)
-            scalar = chunk_loss / weight_total
-            if adjoint is None:
-                state = ModelState(*after).detach()
+    length = len(chunks) if window == "document" else min(window, len(chunks))
+    return _Walk(objective, chunks, length, weight_total, backward, keeps_random_state, boundaries, before_chunk).run(
+        start
+    )
+
+
+class _Walk:
+    """Both sweeps through every window, as an object so that it can tell where it is."""
+
+    def __init__(
+        self,
+        objective: Callable[..., tuple[Tensor, ...]],
+        chunks: Sequence[Chunk],
+        length: int,
+        weight_total: float,
+        backward: Callable[[Tensor], None],
+        keeps_random_state: bool,
+        plan: BoundaryPlan,
+        before_chunk: Callable[[Callable[[], WindowsPlace]], None] | None,
+    ) -> None:
+        self._objective, self._chunks, self._length = objective, chunks, length
+        self._weight_total, self._backward, self._plan = weight_total, backward, plan
+        self._keeps_random_state = keeps_random_state
+        self._before_chunk = before_chunk
+
+    def run(self, start: ModelState | WindowsPlace) -> ChunkedResult:
+        if isinstance(start, ModelState):
+            self._begin(start)
+        else:
+            self._go_on_from(start)
+        while True:
+            if not self._in_sweep_2:
+                self._sweep_1()
+            self._sweep_2()
+            assert self._state_after is not None
+            assert self._adjoint is not None
+            if self._initial_gradient is None:
+                self._initial_gradient = self._adjoint
+            if self._first + self._length >= len(self._chunks):
+                break
+            self._enter_window(self._first + self._length)
+            self._keep_boundary(0, self._state_after)
+        return ChunkedResult(self._loss_sum, self._state_after, self._initial_gradient, self._largest_difference)
+
+    def place(self) -> WindowsPlace:
+        """Where it is; called between two chunks."""
+        boundaries = list(self._bank.held())
+        if not self._in_sweep_2 and (not boundaries or boundaries[-1][0] != self._next):
+            # A thinned bank did not want it, but sweep 1 goes on from it.
+            boundaries.append((self._next, self._state))
+        return WindowsPlace(
+            first=self._first,
+            next=self._next,
+            in_sweep_2=self._in_sweep_2,
+            boundaries=boundaries,
+            adjoint=self._adjoint,
+            state_after=self._state_after if self._adjoint is not None else None,
+            loss_sum=self._loss_sum,
+            initial_gradient=self._initial_gradient,
+            largest_difference=self._largest_difference,
+            random=self._replay.to_list() if self._replay is not None else [],
+        )
+
+    def _begin(self, state: ModelState) -> None:
+        self._loss_sum = state.wkv.new_zeros((), dtype=torch.float64)
+        self._largest_difference = state.wkv.new_zeros(())
+        self._initial_gradient: ModelState | None = None
+        self._state_after: ModelState | None = None
+        self._replay = RandomReplay(state.wkv.device) if self._keeps_random_state else None
+        self._enter_window(0)
+        self._keep_boundary(0, state)
+
+    def _go_on_from(self, place: WindowsPlace) -> None:
+        self._begin(place.boundaries[-1][1])
+        self._loss_sum += place.loss_sum
+        self._largest_difference = place.largest_difference
+        self._initial_gradient = place.initial_gradient
+        self._enter_window(place.first)
+        if self._replay is not None:
+            # The last chunk has run in sweep 2, and gone furthest, where there is an adjoint.
+            self._replay.from_list(place.random, has_left_window=place.adjoint is not None)
+        self._in_sweep_2, self._next = place.in_sweep_2, place.next
+        self._adjoint, self._state_after = place.adjoint, place.state_after
+        if place.in_sweep_2:
+            self._bank.put_back(place.boundaries)
+        else:
+            self._bank.put_back(place.boundaries[:-1])
+            self._keep_boundary(*place.boundaries[-1])
+
+    def _enter_window(self, first: int) -> None:
+        self._first, self._next, self._in_sweep_2 = first, 0, False
+        self._num_chunks = min(self._length, len(self._chunks) - first)
+        self._bank = Bank(self._plan, self._num_chunks, self._advance)
+        self._adjoint: ModelState | None = None
+        self._banked_after: ModelState | None = None
+
+    def _keep_boundary(self, index: int, state: ModelState) -> None:
+        self._next, self._state = index, state
+        self._bank.put(index, state)
+
+    def _sweep_1(self) -> None:
+        """From the front, without a graph. The last chunk is not run: sweep 2 begins with it."""
+        while self._next < self._num_chunks - 1:
+            self._keep_boundary(self._next + 1, self._advance(self._next, self._state))
+        self._in_sweep_2 = True
+        # The bank holds it, or it has had its use.
+        del self._state
+
+    def _sweep_2(self) -> None:
+        """From the back, each chunk again with a graph, and backward through it."""
+        while self._next >= 0:
+            # First, so that a walk which is left at every pause still gets on.
+            self._bank.have_at_hand(self._next)
+            self._pause()
+            before = self._bank.take(self._next)
+            leaves = [tensor.detach().requires_grad_() for tensor in before]
+            with _replayed(self._replay, self._next):
+                chunk_loss, *after = self._call(self._next, leaves, with_loss=True)
+            self._compare(after)
+            scalar = chunk_loss / self._weight_total
+            if self._adjoint is None:
+                self._state_after = ModelState(*after).detach()
                 # Tied in with weight 0, so that a chunk without a loss still has a graph to go backward through.
-                adjoint = [torch.zeros_like(tensor) for tensor in after]
-            scalar = scalar + sum((tensor * gradient).sum() for tensor, gradient in zip(after, adjoint, strict=True))
-            backward(scalar)
-            adjoint = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves]
-            loss_sum += chunk_loss.detach()
-        if replay is not None:
-            replay.leave_window()
-        if initial_gradient is None:
-            initial_gradient = ModelState(*adjoint)
-    return ChunkedResult(loss_sum, state, initial_gradient)
+                self._adjoint = ModelState(*(torch.zeros_like(tensor) for tensor in after))
+            products = zip(after, self._adjoint, strict=True)
+            self._backward(scalar + sum((tensor * gradient).sum() for tensor, gradient in products))
+            self._adjoint = ModelState(
+                *(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves)
+            ).detach()
+            self._loss_sum += chunk_loss.detach()
+            self._banked_after = before
+            self._next -= 1
+        if self._replay is not None:
+            self._replay.leave_window()
+
+    @torch.no_grad()
+    def _compare(self, after: Sequence[Tensor]) -> None:
+        """How far the state is from the one that sweep 1 found here, without asking the device for the answer."""
+        if self._banked_after is not None:
+            for found, banked in zip(after, self._banked_after, strict=True):
+                difference = (found - banked).abs().amax()
+                self._largest_difference = torch.maximum(self._largest_difference, difference)
+
+    @torch.no_grad()
+    def _advance(self, index: int, state: ModelState) -> ModelState:
+        """One chunk without a graph and without a loss: the state after it."""
+        self._pause()
+        if self._replay is not None:
+            self._replay.enter(index)
+        _, *after = self._call(index, state, with_loss=False)
+        return ModelState(*after)
+
+    def _pause(self) -> None:
+        if self._before_chunk is not None:
+            self._before_chunk(self.place)
+
+    def _call(self, index: int, state: Sequence[Tensor], *, with_loss: bool) -> tuple[Tensor, ...]:
+        return _call(self._objective, self._chunks[self._first + index], state, with_loss=with_loss)
 
 
 @torch.no_grad()
@@ -133,30 +270,17 @@ def forward_through_chunks(
     """The weighted loss sum (float64) and the state after the last chunk, without any gradient."""
     loss_sum = state.wkv.new_zeros((), dtype=torch.float64)
     for chunk in chunks:
-        chunk_loss, *after = _call(objective, chunk, state, with_loss=with_loss and chunk.has_loss)
+        chunk_loss, *after = _call(objective, chunk, state, with_loss=with_loss)
         loss_sum += chunk_loss
         state = ModelState(*after)
     return loss_sum, state
 
 
-def _advance(
-    objective: Callable[..., tuple[Tensor, ...]], chunks: Sequence[Chunk], replay: RandomReplay | None
-) -> Callable[[int, ModelState], ModelState]:
-    """Sweep 1 over one chunk: the state after it, without a graph and without a loss."""
-
-    @torch.no_grad()
-    def advance(index: int, state: ModelState) -> ModelState:
-        if replay is not None:
-            replay.enter(index)
-        _, *after = _call(objective, chunks[index], state, with_loss=False)
-        return ModelState(*after)
-
-    return advance
-
-
 def _call(
     objective: Callable[..., tuple[Tensor, ...]], chunk: Chunk, state: Sequence[Tensor], *, with_loss: bool
 ) -> tuple[Tensor, ...]:
+    chunk = chunk.to(state[0].device)
+    with_loss = with_loss and chunk.has_loss
     return objective(chunk.tokens, chunk.targets, chunk.loss_weight, chunk.starts, *state, with_loss=with_loss)
 
 
@@ -165,35 +289,36 @@ class RandomReplay:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._before: list[tuple[Tensor, Tensor | None]] = []
-        self._after_window: tuple[Tensor, Tensor | None] | None = None
+        self._before: list[RandomState] = []
+        self._after_window: RandomState | None = None
 
     def enter(self, chunk: int) -> None:
         """Put the generators where they were when this chunk of the window first ran, or remember where they are."""
         if chunk < len(self._before):
-            self._write(self._before[chunk])
+            set_random_state(self._before[chunk], self._device)
         else:
-            self._before.append(self._read())
+            self._before.append(random_state(self._device))
 
     def leave(self, chunk: int) -> None:
         """After the chunk's forward in sweep 2; the window's last chunk has gone furthest."""
         if chunk == len(self._before) - 1:
-            self._after_window = self._read()
+            self._after_window = random_state(self._device)
 
     def leave_window(self) -> None:
         """Continue after the window as if its chunks had run once."""
         assert self._after_window is not None
-        self._write(self._after_window)
-        self._before.clear()
+        set_random_state(self._after_window, self._device)
+        self._before, self._after_window = [], None
 
-    def _read(self) -> tuple[Tensor, Tensor | None]:
-        on_device = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
-        return torch.get_rng_state(), on_device
+    def to_list(self) -> list[RandomState]:
+        """Before each chunk that has run, and behind the window where sweep 2 has begun."""
+        return [*self._before, *([self._after_window] if self._after_window is not None else [])]
 
-    def _write(self, states: tuple[Tensor, Tensor | None]) -> None:
-        torch.set_rng_state(states[0])
-        if states[1] is not None:
-            torch.cuda.set_rng_state(states[1], self._device)
+    def from_list(self, states: Sequence[RandomState], *, has_left_window: bool) -> None:
+        """Continue with what another one's `to_list` gave."""
+        self._before = list(states)
+        if has_left_window:
+            self._after_window = self._before.pop()
 
 
 @contextmanager

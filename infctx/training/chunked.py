@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infctx.data.chunking import Chunk
@@ -73,12 +75,11 @@ def chunked_step(
         ValueError: weight_total is 0 or negative, or a shape or argument is wrong.
     """
     _check(tokens, loss_weight, starts, chunk_tokens, window)
-    weights = _target_weights(tokens, loss_weight, starts)
+    chunks = _TensorChunks(tokens, loss_weight, starts, chunk_tokens)
     if weight_total is None:
-        weight_total = float(weights.sum(dtype=torch.float64))
+        weight_total = chunks.weight_total
     if not weight_total > 0:
         raise ValueError(f"nothing to learn: the weights of the targets sum to {weight_total}, expected more than 0")
-    chunks = _cut(tokens, weights, starts, chunk_tokens)
     initial = model.fresh_state(tokens.shape[0]) if state is None else state
     result = backward_through_windows(
         ChunkObjective(model),
@@ -95,34 +96,66 @@ def chunked_step(
     return ChunkedStep(loss, result.state, result.initial_state_gradient)
 
 
-def _target_weights(tokens: Tensor, loss_weight: Tensor | None, starts: Tensor | None) -> Tensor:
-    """The weight of each token's target, that is of the token after it; float, 0 for the last."""
-    of_token = torch.ones(tokens.shape, device=tokens.device) if loss_weight is None else loss_weight.to(tokens.device)
-    if starts is not None:
-        of_token = of_token.masked_fill(starts, 0.0)
-    return torch.cat([of_token[:, 1:], torch.zeros_like(of_token[:, :1])], dim=1)
+class _TensorChunks(Sequence[Chunk]):
+    """The chunks of whole tensors, each cut when it is asked for: copies would cost more than the tokens themselves."""
 
+    def __init__(self, tokens: Tensor, loss_weight: Tensor | None, starts: Tensor | None, chunk_tokens: int) -> None:
+        self._tokens, self._loss_weight, self._starts = tokens, loss_weight, starts
+        self._chunk_tokens = chunk_tokens
+        places = [self._place(i) for i in range(len(self))]
+        # One copy to the host for all chunks: asking each chunk would synchronise the device each time.
+        sums = torch.stack([_sum_and_any(self._weights(place)) for place in places]).cpu()
+        self.weight_total = float(sums[:, 0].sum())
+        self._has_loss = (sums[:, 1] > 0).tolist()
+        self._has_start = [False] * len(self)
+        if starts is not None:
+            self._has_start = torch.stack([starts[:, place].any() for place in places]).tolist()
 
-def _cut(tokens: Tensor, weights: Tensor, starts: Tensor | None, chunk_tokens: int) -> list[Chunk]:
-    targets = torch.cat([tokens[:, 1:], torch.zeros_like(tokens[:, :1])], dim=1)
-    # One copy to the host for all chunks: asking each chunk would synchronise the device each time.
-    with_loss = (weights != 0).any(0).cpu()
-    with_start = None if starts is None else starts.any(0).cpu()
-    chunks = []
-    for index, first in enumerate(range(0, tokens.shape[1], chunk_tokens)):
-        place = slice(first, first + chunk_tokens)
-        chunk_starts = starts[:, place] if with_start is not None and bool(with_start[place].any()) else None
-        chunks.append(
-            Chunk(
-                tokens=tokens[:, place],
-                targets=targets[:, place],
-                loss_weight=weights[:, place],
-                starts=chunk_starts,
-                index=index,
-                has_loss=bool(with_loss[place].any()),
-            )
+    def __len__(self) -> int:
+        return -(-self._tokens.shape[1] // self._chunk_tokens)
+
+    @overload
+    def __getitem__(self, index: int) -> Chunk: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Chunk]: ...
+    def __getitem__(self, index: int | slice) -> Chunk | list[Chunk]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        place = self._place(range(len(self))[index])
+        ahead = self._tokens[:, place.start + 1 : place.stop + 1]
+        return Chunk(
+            tokens=self._tokens[:, place],
+            targets=_padded(ahead, place),
+            loss_weight=self._weights(place),
+            starts=self._starts[:, place] if self._starts is not None and self._has_start[index] else None,
+            index=index,
+            has_loss=self._has_loss[index],
         )
-    return chunks
+
+    def _place(self, index: int) -> slice:
+        begin = index * self._chunk_tokens
+        return slice(begin, min(begin + self._chunk_tokens, self._tokens.shape[1]))
+
+    def _weights(self, place: slice) -> Tensor:
+        """The weight of each token's target, that is of the token after it; 0 behind the last."""
+        ahead = slice(place.start + 1, place.stop + 1)
+        if self._loss_weight is None:
+            of_target = torch.ones(self._tokens[:, ahead].shape, device=self._tokens.device)
+        else:
+            of_target = self._loss_weight[:, ahead].to(self._tokens.device)
+        if self._starts is not None:
+            of_target = of_target.masked_fill(self._starts[:, ahead], 0.0)
+        return _padded(of_target, place)
+
+
+def _sum_and_any(weights: Tensor) -> Tensor:
+    """The sum, and whether any is not 0, float64 [2]."""
+    return torch.stack([weights.sum(dtype=torch.float64), (weights != 0).any().double()])
+
+
+def _padded(ahead: Tensor, place: slice) -> Tensor:
+    """With a 0 where the last token has nothing ahead of it."""
+    return F.pad(ahead, (0, place.stop - place.start - ahead.shape[1]))
 
 
 def _check(

@@ -21,7 +21,6 @@ from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.training.bptt import Window, backward_through_windows
 from infctx.training.precision import Precision
-from infctx.training.step import chunk_to
 
 # Relative, per group of parameters. float32: two orders above what is measured, for models whose gradients cancel.
 # bf16 keeps 8 bits of every activation, and chunks cut the sums of the weight gradients elsewhere.
@@ -120,7 +119,7 @@ def _compare(
         device = next(model.parameters()).device
         backward_through_windows(
             objective,
-            [chunk_to(chunk, device) for chunk in sequence.chunks],
+            sequence.chunks,
             ModelState.zeros(model.config, 1, dtype=model.state_dtype, device=device),
             window=reach,
             weight_total=sequence.weight_total,

@@ -6,22 +6,25 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from infctx.data.step_source import StepData
-from infctx.errors import InfctxError
+from infctx.errors import InfctxError, memory_fault
 from infctx.model.state import ModelState
 from infctx.training.bptt import has_dropout
-from infctx.training.resume import random_state, resume_run, save_run
+from infctx.training.memory_ladder import shorten_chunks
+from infctx.training.resume import resume_run, save_run
 from infctx.training.run import Done, Place, Run
 from infctx.training.signals import StopRequested, StopSignals
-from infctx.training.step import run_step
+from infctx.training.step import StepGradient, step_gradient, take_step
+from infctx.training.step_place import StepPlace, random_state, set_random_state
 from infctx.training.validation import validation_loss
 
-# Of every line of metrics.jsonl; the line before the first step has nulls where nothing was done.
+# Of every line of metrics.jsonl; the line before the first step has nulls where nothing was done. chunks, chunk_tokens
+# and window are as the step was cut in the end; recompute_difference: the largest between the states of both sweeps.
 STEP_KEYS = (
     "step",
     "tokens",
@@ -30,50 +33,76 @@ STEP_KEYS = (
     "grad_norm",
     "tokens_per_second",
     "chunks",
+    "chunk_tokens",
     "window",
     "carried_rows",
+    "recompute_difference",
     "peak_device_bytes",
     "peak_host_bytes",
     "seconds",
 )
 
 
+# Of the documents of a step that was left out, so many are named.
+MOST_NAMED = 8
+
+
 def train(run: Run) -> Done:
     """Train to the end, from the newest checkpoint of the folder if there is one.
 
     Raises:
-        StopRequested: a signal came; a checkpoint of the last finished step is on disk.
+        StopRequested: a signal came; a checkpoint of where the run was is on disk.
         InfctxError: too many steps in a row had a gradient that is not finite.
+        MachineError: the memory is too small, however short the chunks.
     """
-    done, row_states = resume_run(run)
+    done, place = resume_run(run)
     run.progress.start(run.source.total_steps, list(run.headline))
     try:
         with StopSignals() as signals:
-            return _run_steps(run, done, row_states, signals)
+            return _run_steps(run, done, place, signals)
     finally:
         run.progress.finish()
 
 
-def _run_steps(run: Run, done: Done, row_states: list[ModelState], signals: StopSignals) -> Done:
+class _Saver:
+    """Writes checkpoints, and knows when the last one was."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._saved_at = time.monotonic()
+
+    def save(self, done: Done, place: Place) -> None:
+        save_run(self._run, done, place)
+        self._saved_at = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        minutes = self._run.settings.checkpoint_minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+
+
+def _run_steps(run: Run, done: Done, place: Place, signals: StopSignals) -> Done:
+    saver = _Saver(run)
     if done.step == 0 and run.validation and done.first_val_loss is None:
         done.owed = dict.fromkeys(STEP_KEYS) | {"step": 0, "tokens": 0}
     while True:
-        place = Place(cursor=run.source.cursor(), random_state=random_state(run.device), row_states=row_states)
         try:
-            _settle(run, done, place, signals)
+            _settle(run, done, place, signals, saver)
             data = run.source.next_step()
             if data is None:
                 break
-            row_states = _one_step(run, done, data, row_states, signals)
+            row_states = _one_step(run, done, data, place, signals, saver)
         except StopRequested:
-            save_run(run, done, place)
-            run.progress.message(f"stopped by {signals.name}; a checkpoint of step {done.step} is written")
+            saver.save(done, place)
+            inside = "" if place.under_way is None else f", {place.under_way.in_words()} of the next"
+            run.progress.message(f"stopped by {signals.name}; a checkpoint of step {done.step}{inside} is written")
             raise
-    save_run(run, done, place)
+        place = Place(cursor=run.source.cursor(), random_state=random_state(run.device), row_states=row_states)
+    saver.save(done, place)
     return done
 
 
-def _settle(run: Run, done: Done, place: Place, signals: StopSignals) -> None:
+def _settle(run: Run, done: Done, place: Place, signals: StopSignals, saver: _Saver) -> None:
     """What is owed after a step: validation, its line of metrics, a checkpoint."""
     if done.owed is None:
         return
@@ -81,7 +110,7 @@ def _settle(run: Run, done: Done, place: Place, signals: StopSignals) -> None:
     is_ahead = done.step < run.source.total_steps
     is_due = not is_ahead or done.step == 0 or _every(settings.validate_every, done.step)
     if run.validation and is_due:
-        done.val_loss = record["val_loss"] = _finite(_validate(run, signals))
+        done.val_loss = record["val_loss"] = _finite(_validate(run, done, signals))
         if done.step == 0:
             done.first_val_loss = done.val_loss
     done.owed = None
@@ -92,7 +121,7 @@ def _settle(run: Run, done: Done, place: Place, signals: StopSignals) -> None:
         run.progress.message(f"validation loss before training: {done.val_loss:.4f}")
     is_lost = done.nonfinite_in_a_row >= settings.max_nonfinite_steps
     if is_lost or (is_ahead and done.step > 0 and _every(settings.checkpoint_every, done.step)):
-        save_run(run, done, place)
+        saver.save(done, place)
     if is_lost:
         raise InfctxError(
             f"step {done.step}: the gradient was not finite in {done.nonfinite_in_a_row} steps in a row, so the "
@@ -106,31 +135,21 @@ def _every(steps: int | None, step: int) -> bool:
 
 
 def _one_step(
-    run: Run, done: Done, data: StepData, row_states: list[ModelState], signals: StopSignals
+    run: Run, done: Done, data: StepData, place: Place, signals: StopSignals, saver: _Saver
 ) -> list[ModelState]:
     """Run a step and note what it did; returns the rows' states for the next one."""
-    began = time.perf_counter()
     rate = run.learning_rate.apply_(run.optimizer, done.step)
-    num_carried = sum(state.wkv.shape[1] for state in row_states) if data.carries_state else 0
-    if not data.carries_state or not row_states:
-        row_states = [_zeros(run, group.chunks[0].tokens.shape[0]) for group in data.groups]
+    num_carried = sum(state.wkv.shape[1] for state in place.row_states) if data.carries_state else 0
     run.model.train()
-    report, row_states = run_step(
-        _stoppable(run, signals),
-        data,
-        row_states,
-        window=run.settings.window,
-        optimizer=run.optimizer,
-        clip=run.settings.clip,
-        backward=run.backward,
-        keeps_random_state=has_dropout(run.model),
-        boundaries=run.settings.boundaries,
-    )
-    seconds = time.perf_counter() - began
+    gradient, data = _gradient_that_fits(run, done, data, place, signals, saver)
+    began = time.perf_counter()
+    report = take_step(gradient, data, optimizer=run.optimizer, clip=run.settings.clip)
+    seconds = gradient.seconds + time.perf_counter() - began
     done.step += 1
     done.tokens += report.num_tokens
     done.train_loss = _finite(report.loss) if report.loss is not None else done.train_loss
     done.steps_without_target += report.loss is None
+    pieces = data.groups[0].chunks.pieces_per_chunk
     values = (
         done.step,
         done.tokens,
@@ -139,23 +158,92 @@ def _one_step(
         _finite(report.grad_norm),
         report.num_tokens / seconds,
         report.num_chunks,
-        run.settings.window,
+        done.piece_tokens or data.chunk_tokens,
+        run.settings.window if run.settings.window == "document" else run.settings.window * pieces,
         num_carried,
+        _finite(gradient.largest_difference),
         _peak_device_bytes(run.device),
         _peak_host_bytes(),
         seconds,
     )
     done.owed = dict(zip(STEP_KEYS, values, strict=True))
+    states = gradient.states
     if report.not_updated is not None:
         done.owed["not_updated"] = report.not_updated
-        run.progress.message(f"step {done.step}: no update: {report.not_updated}")
+    if report.suspects:
+        done.owed["documents"] = list(report.suspects[:MOST_NAMED])
+    if report.not_updated is not None:
+        run.progress.message(f"step {done.step}: no update: {report.not_updated}{_named(report.suspects)}")
     if report.grad_norm is not None and not math.isfinite(report.grad_norm):
         done.nonfinite_steps += 1
         done.nonfinite_in_a_row += 1
-        row_states = [_without_infinities(state) for state in row_states]
+        states = [_without_infinities(state) for state in states]
     else:
         done.nonfinite_in_a_row = 0
-    return row_states if data.carries_state else []
+    return states if data.carries_state else []
+
+
+def _named(origins: Sequence[str]) -> str:
+    if not origins:
+        return ""
+    more = f" and {len(origins) - MOST_NAMED} more" if len(origins) > MOST_NAMED else ""
+    return f"; in it: {', '.join(origins[:MOST_NAMED])}{more}"
+
+
+def _gradient_that_fits(
+    run: Run, done: Done, data: StepData, place: Place, signals: StopSignals, saver: _Saver
+) -> tuple[StepGradient, StepData]:
+    """The step's gradient; where the memory runs out, from its beginning in shorter chunks, for the rest of the run.
+
+    A window keeps its length in tokens, so that the gradient is the same.
+    """
+    start, place.under_way = place.under_way, None
+    states = place.row_states
+    if not states or not data.carries_state:
+        states = [_zeros(run, group.chunks[0].tokens.shape[0]) for group in data.groups]
+
+    def before_chunk(tell: Callable[[], StepPlace]) -> None:
+        try:
+            signals.raise_if_requested()
+        except StopRequested:
+            _note(place, tell())
+            raise
+        if saver.is_due:
+            _note(place, tell())
+            saver.save(done, place)
+            place.under_way = None
+
+    while True:
+        if start is None:
+            run.optimizer.zero_grad(set_to_none=True)
+        try:
+            pieces = data.in_pieces(done.piece_tokens)
+            gradient = step_gradient(
+                run.objective,
+                pieces,
+                states,
+                window=run.settings.window,
+                backward=run.backward,
+                keeps_random_state=has_dropout(run.model),
+                boundaries=run.settings.boundaries,
+                before_chunk=before_chunk,
+                start=start,
+            )
+            return gradient, pieces
+        except Exception as error:
+            fault = memory_fault(error)
+            if fault is None:
+                raise
+        # Not in the except clause: there the error's traceback keeps the activations alive.
+        run.optimizer.zero_grad(set_to_none=True)
+        shorten_chunks(run, done, data, fault)
+        start = None
+        set_random_state(place.random_state, run.device)
+
+
+def _note(place: Place, under_way: StepPlace) -> None:
+    """Where nothing has run, the step's beginning says it all."""
+    place.under_way = under_way if under_way.passes else None
 
 
 def _without_infinities(state: ModelState) -> ModelState:
@@ -168,13 +256,13 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _validate(run: Run, signals: StopSignals) -> float:
+def _validate(run: Run, done: Done, signals: StopSignals) -> float:
     run.model.eval()
     loss = validation_loss(
         _stoppable(run, signals),
         run.validation,
         rows=run.settings.rows,
-        chunk_tokens=run.settings.chunk_tokens,
+        chunk_tokens=done.piece_tokens or run.settings.chunk_tokens,
         fresh_state=lambda rows: _zeros(run, rows),
     )
     run.model.train()

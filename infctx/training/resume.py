@@ -12,10 +12,11 @@ from infctx.checkpoint.run_state import RunState, load_run_state, save_run_state
 from infctx.errors import CheckpointError
 from infctx.model.state import ModelState
 from infctx.training.run import Done, Place, Run
+from infctx.training.step_place import StepPlace, random_state, set_random_state
 
 
 def save_run(run: Run, done: Done, place: Place) -> None:
-    """Write a checkpoint from which the next step begins at `place`, and the adapter folder."""
+    """Write a checkpoint from which the run goes on at `place`, and the adapter folder."""
     rows = {
         f"{group}.{name}": tensor.cpu()
         for group, state in enumerate(place.row_states)
@@ -26,28 +27,32 @@ def save_run(run: Run, done: Done, place: Place) -> None:
         for index, values in run.optimizer.state_dict()["state"].items()
         for name, value in values.items()
     }
-    state = RunState(
-        step=done.step,
-        tensors={
-            "trainable": {name: p.detach().cpu() for name, p in run.model.named_parameters() if p.requires_grad},
-            "optimizer": optimizer,
-            "rows": rows,
-            "random": place.random_state,
-        },
-        facts={**run.facts, "done": asdict(done), "cursor": place.cursor, "row_groups": len(place.row_states)},
-    )
+    trained = {name: parameter for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    tensors = {
+        "trainable": {name: parameter.detach().cpu() for name, parameter in trained.items()},
+        "optimizer": optimizer,
+        "rows": rows,
+        "random": place.random_state,
+    }
+    facts = {**run.facts, "done": asdict(done), "cursor": place.cursor, "row_groups": len(place.row_states)}
+    if place.under_way is not None:
+        tensors["under_way"] = place.under_way.to_tensors()
+        tensors["gradient"] = {name: p.grad.detach().cpu() for name, p in trained.items() if p.grad is not None}
+        facts["under_way"] = place.under_way.to_facts()
+    passes = place.under_way.passes if place.under_way is not None else 0
+    state = RunState(step=done.step, passes=passes, tensors=tensors, facts=facts)
     save_run_state(run.folder, state, keep=run.settings.keep_checkpoints)
     run.save_adapter()
 
 
-def resume_run(run: Run) -> tuple[Done, list[ModelState]]:
-    """Put weights, optimizer, random numbers, data and row states where the newest checkpoint left them."""
+def resume_run(run: Run) -> tuple[Done, Place]:
+    """Put weights, gradients, optimizer, random numbers and data where the newest checkpoint left them."""
     loaded = load_run_state(run.folder)
     if loaded is None:
         if run.metrics.path.exists():
             run.progress.message("this run folder has no checkpoint: beginning from the start")
         run.metrics.truncate_after(-1)
-        return Done(), []
+        return Done(), Place(cursor=run.source.cursor(), random_state=random_state(run.device))
     for reason in loaded.skipped:
         run.progress.message(f"skipped a damaged checkpoint: {reason}")
     state = loaded.state
@@ -63,17 +68,27 @@ def resume_run(run: Run) -> tuple[Done, list[ModelState]]:
             parameters[name].copy_(tensor)
     _restore_optimizer(run.optimizer, state.tensors["optimizer"])
     run.source.restore(state.facts["cursor"])
-    torch.set_rng_state(state.tensors["random"]["cpu"])
-    if "device" in state.tensors["random"] and run.device.type == "cuda":
-        torch.cuda.set_rng_state(state.tensors["random"]["device"], run.device)
+    set_random_state(state.tensors["random"], run.device)
     rows = state.tensors["rows"]
     row_states = [
         ModelState(*(rows[f"{group}.{name}"].to(run.device) for name in ModelState._fields))
         for group in range(state.facts["row_groups"])
     ]
     run.metrics.truncate_after(done.step if done.owed is None else done.step - 1)
-    run.progress.message(f"continuing after step {done.step}")
-    return done, row_states
+    under_way = None
+    if "under_way" in state.facts:
+        under_way = StepPlace.from_parts(state.facts["under_way"], state.tensors["under_way"], run.device)
+        for name, gradient in state.tensors["gradient"].items():
+            parameters[name].grad = gradient.to(run.device, copy=True)
+    where = f"after step {done.step}" if under_way is None else f"inside step {done.step + 1}, {under_way.in_words()}"
+    run.progress.message(f"continuing {where}")
+    place = Place(
+        cursor=run.source.cursor(),
+        random_state=random_state(run.device),
+        row_states=row_states,
+        under_way=under_way,
+    )
+    return done, place
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -84,11 +99,3 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, T
     groups = optimizer.state_dict()["param_groups"]
     if state:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The generators' state: "cpu", and "device" on a GPU."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["device"] = torch.cuda.get_rng_state(device)
-    return states

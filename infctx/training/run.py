@@ -18,6 +18,7 @@ from infctx.training.bptt import Window
 from infctx.training.metrics import MetricsLog
 from infctx.training.optim import LearningRate
 from infctx.training.progress import Progress
+from infctx.training.step_place import RandomState, StepPlace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +31,7 @@ class LoopSettings:
     clip: float | None
     checkpoint_every: int | None
     validate_every: int | None
+    checkpoint_minutes: float | None
     keep_checkpoints: int
     max_nonfinite_steps: int
     boundaries: BoundaryPlan
@@ -64,6 +66,7 @@ class Run:
 class Done:
     """How far a run is. All of it is in every checkpoint.
 
+    piece_tokens: what a chunk was cut into after the memory had run out; None = whole.
     owed: the last step's line of metrics, until its validation, if one is due, has been measured.
     """
 
@@ -75,13 +78,15 @@ class Done:
     steps_without_target: int = 0
     nonfinite_steps: int = 0
     nonfinite_in_a_row: int = 0
+    piece_tokens: int | None = None
     owed: dict[str, object] | None = None
 
 
 @dataclass(kw_only=True, slots=True)
 class Place:
-    """Where the next step begins: what it would need to be run again."""
+    """Where the next step begins: what it would need to be run again; and how far inside it the run is."""
 
     cursor: dict[str, object]
-    random_state: dict[str, Tensor]
+    random_state: RandomState
     row_states: list[ModelState] = field(default_factory=list)
+    under_way: StepPlace | None = None

@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from infctx.data.chunking import Chunk
-from infctx.data.stream import StepData
+from infctx.data.step_source import StepData
 from infctx.model.state import ModelState
 from infctx.training.boundary_store import BoundaryPlan
 from infctx.training.bptt import Window, backward_through_windows, forward_through_chunks
+from infctx.training.step_place import StepPlace, WindowsPlace, random_state, set_random_state
+
+BeforeChunk = Callable[[Callable[[], StepPlace]], None]
+"""Called before every chunk of either sweep with a function that tells the place; what it raises leaves the step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepGradient:
+    """The gradient of a step, which lies in .grad.
+
+    Attributes:
+        loss_sums: of each group, weighted, not divided, float64 [groups].
+        states: of each group, behind its last chunk.
+        num_chunks: of all groups, as they were cut.
+        largest_difference: between recomputed and banked states.
+        seconds: taken, also before the step was left and entered again.
+    """
+
+    loss_sums: Tensor
+    states: list[ModelState]
+    num_chunks: int
+    largest_difference: float
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +44,8 @@ class StepReport:
     """What a step did.
 
     loss: weighted loss sum / weight total; None where there was nothing to learn. grad_norm: before clipping.
-    not_updated: why the weights were left alone, or None.
+    not_updated: why the weights were left alone, or None. suspects: origins of the documents that a gradient which is
+    not finite may come from.
     """
 
     loss: float | None
@@ -30,6 +54,7 @@ class StepReport:
     num_chunks: int
     grad_norm: float | None
     not_updated: str | None
+    suspects: tuple[str, ...] = ()
 
 
 def run_step(
@@ -47,62 +72,124 @@ def run_step(
     """Gradient of the whole step, clipping, update.
 
     Args:
-        objective: a ChunkObjective, wrapped or not. What it raises abandons the step, which has changed no weight.
+        objective: a ChunkObjective, wrapped or not.
         data: the chunks of this rank's groups, and the weight total of all ranks.
         states: of each group, before its first chunk.
     Returns:
         A report, and the state of each group after its last chunk.
     """
     optimizer.zero_grad(set_to_none=True)
+    gradient = step_gradient(
+        objective,
+        data,
+        states,
+        window=window,
+        backward=backward,
+        keeps_random_state=keeps_random_state,
+        boundaries=boundaries,
+    )
+    return take_step(gradient, data, optimizer=optimizer, clip=clip), gradient.states
+
+
+def step_gradient(
+    objective: Callable[..., tuple[Tensor, ...]],
+    data: StepData,
+    states: Sequence[ModelState],
+    *,
+    window: Window,
+    backward: Callable[[Tensor], None],
+    keeps_random_state: bool = False,
+    boundaries: BoundaryPlan = BoundaryPlan(),  # noqa: B008 (frozen)
+    before_chunk: BeforeChunk | None = None,
+    start: StepPlace | None = None,
+) -> StepGradient:
+    """Add the gradient of the step's loss to .grad. What the objective raises abandons it; no weight has changed.
+
+    Args:
+        window: in chunks as the data source cut them; where `data` comes in pieces, as many pieces as make them up.
+        start: go on from this place, with .grad as it was there.
+    """
+    began = time.perf_counter() - (start.seconds if start is not None else 0.0)
+    passes = start.passes if start is not None else 0
     device = states[0].wkv.device
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    states_after = []
-    for group, state in zip(data.groups, states, strict=True):
-        chunks = [chunk_to(chunk, device) for chunk in group.chunks]
+    states_after = list(start.states_after) if start is not None else []
+    loss_sums = list(start.loss_sums) if start is not None else []
+    differences: list[Tensor] = []
+
+    def pause(place_in_group: Callable[[], WindowsPlace]) -> None:
+        nonlocal passes
+        if before_chunk is not None:
+            before_chunk(
+                lambda: StepPlace(
+                    group=len(states_after),
+                    states_after=states_after,
+                    loss_sums=loss_sums,
+                    windows=place_in_group(),
+                    random_state=random_state(device),
+                    passes=passes,
+                    seconds=time.perf_counter() - began,
+                )
+            )
+        passes += 1
+
+    if start is not None:
+        set_random_state(start.random_state, device)
+    for group, state in list(zip(data.groups, states, strict=True))[len(states_after) :]:
         if data.weight_total > 0:
+            is_under_way = start is not None and start.group == len(states_after)
             result = backward_through_windows(
                 objective,
-                chunks,
-                state,
-                window=window,
+                group.chunks,
+                start.windows if start is not None and is_under_way else state,
+                window="document" if window == "document" else window * group.chunks.pieces_per_chunk,
                 weight_total=data.weight_total,
                 backward=backward,
                 keeps_random_state=keeps_random_state,
                 boundaries=boundaries,
+                before_chunk=pause,
             )
-            loss_sum += result.loss_sum
-            state = result.state
+            loss_sum, state = result.loss_sum, result.state
+            differences.append(result.largest_difference)
         else:
-            _, state = forward_through_chunks(objective, chunks, state, with_loss=False)
+            loss_sum, state = forward_through_chunks(objective, group.chunks, state, with_loss=False)
+        loss_sums.append(loss_sum)
         states_after.append(state)
-    report = StepReport(
-        loss=float(loss_sum) / data.weight_total if data.weight_total > 0 else None,
-        weight_total=data.weight_total,
-        num_tokens=data.num_tokens,
+    return StepGradient(
+        loss_sums=torch.stack(loss_sums).cpu(),
+        states=states_after,
         num_chunks=sum(len(group.chunks) for group in data.groups),
-        grad_norm=None,
-        not_updated="nothing to learn: all weights are 0",
+        largest_difference=float(torch.stack(differences).max()) if differences else 0.0,
+        seconds=time.perf_counter() - began,
     )
-    if data.weight_total > 0:
-        report = replace(report, **_update(optimizer, clip))
-    return report, states_after
 
 
-def _update(optimizer: torch.optim.Optimizer, clip: float | None) -> dict[str, float | str | None]:
+def take_step(
+    gradient: StepGradient, data: StepData, *, optimizer: torch.optim.Optimizer, clip: float | None
+) -> StepReport:
+    """Clip the whole gradient and update, unless there is nothing to learn or a number is not finite."""
+    shared = {
+        "weight_total": data.weight_total,
+        "num_tokens": data.num_tokens,
+        "num_chunks": gradient.num_chunks,
+    }
+    if data.weight_total == 0:
+        return StepReport(loss=None, grad_norm=None, not_updated="nothing to learn: all weights are 0", **shared)
+    loss = float(gradient.loss_sums.sum()) / data.weight_total
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
     if not math.isfinite(norm):
-        return {"grad_norm": norm, "not_updated": f"the gradient is not finite (norm {norm})"}
+        problem = f"the gradient is not finite (norm {norm})"
+        return StepReport(
+            loss=loss, grad_norm=norm, not_updated=problem, suspects=_suspects(gradient.loss_sums, data), **shared
+        )
     optimizer.step()
-    return {"grad_norm": norm, "not_updated": None}
+    return StepReport(loss=loss, grad_norm=norm, not_updated=None, **shared)
 
 
-def chunk_to(chunk: Chunk, device: torch.device) -> Chunk:
-    """The chunk on a device."""
-    return replace(
-        chunk,
-        tokens=chunk.tokens.to(device, non_blocking=True),
-        targets=chunk.targets.to(device, non_blocking=True),
-        loss_weight=chunk.loss_weight.to(device, non_blocking=True),
-        starts=None if chunk.starts is None else chunk.starts.to(device, non_blocking=True),
-    )
+def _suspects(loss_sums: Tensor, data: StepData) -> tuple[str, ...]:
+    """The documents of the groups whose loss is not finite; of all groups where every loss is."""
+    is_spoilt = ~loss_sums.isfinite()
+    if not bool(is_spoilt.any()):
+        is_spoilt[:] = True
+    spoilt = [group for group, spoils in zip(data.groups, is_spoilt.tolist(), strict=True) if spoils]
+    return tuple(dict.fromkeys(origin for group in spoilt for origin in group.origins))

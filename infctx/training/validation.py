@@ -12,7 +12,6 @@ from infctx.data.document import Document
 from infctx.errors import DataError
 from infctx.model.state import ModelState
 from infctx.training.bptt import forward_through_chunks
-from infctx.training.step import chunk_to
 
 
 def validation_loss(
@@ -36,9 +35,8 @@ def validation_loss(
     with torch.no_grad():
         for sequence in validation_batches(documents, rows=rows, chunk_tokens=chunk_tokens):
             state = fresh_state(sequence.chunks[0].tokens.shape[0])
-            device = state.wkv.device
             for chunk in sequence.chunks:
-                loss, state = forward_through_chunks(objective, [chunk_to(chunk, device)], state)
+                loss, state = forward_through_chunks(objective, [chunk], state)
                 loss_sum += float(loss)
             weight_total += sequence.weight_total
     if weight_total == 0:

@@ -17,7 +17,7 @@ from infctx.recipe.load import load_recipe
 
 STEP_KEYS = {
     "step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "peak_device_bytes", "peak_host_bytes", "seconds",
-    "chunks", "window", "carried_rows"
+    "chunks", "chunk_tokens", "window", "carried_rows", "recompute_difference"
 }  # fmt: skip
 LORA = {"kind": "lora", "rank": 2, "alpha": 4.0}
 STREAM = {"chunk_tokens": 8, "window": 2}
@@ -51,7 +51,7 @@ def test_a_run_leaves_the_folder_that_was_promised(
     cli("train", recipe).ok()
     folder = tmp_path / "run"
 
-    promised = {"recipe.yaml", "metrics.jsonl", "checkpoints"} | ({"adapter"} if adapter else set())
+    promised = {"recipe.yaml", "metrics.jsonl", "checkpoints", "ledger.json"} | ({"adapter"} if adapter else set())
     names = {path.name for path in folder.iterdir()}
     assert names >= promised
     assert names - promised <= {".lock", "result.json", "report.html", "run.log"}
@@ -72,6 +72,7 @@ def test_a_run_leaves_the_folder_that_was_promised(
     for line in lines:
         if line["step"] > 0:
             assert line.keys() - {"val_loss"} == STEP_KEYS
+            assert line["recompute_difference"] == 0
             assert line["loss"] > 0
             assert line["grad_norm"] > 0
             assert line["lr"] > 0

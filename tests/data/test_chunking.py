@@ -35,7 +35,8 @@ def test_join_pieces_reads_targets_off_the_next_token() -> None:
     # A document's first token is nobody's target, though it is the next token.
     assert row.weights.tolist() == [0.5, 2, 0, 0, 1, 0]
     assert row.starts.tolist() == [True, False, False, True, True, False]
-    assert (row.tokens.dtype, row.targets.dtype) == (np.int64, np.int64)
+    # As small as the documents: a row of a million tokens is read in one step.
+    assert (row.tokens.dtype, row.targets.dtype) == (np.uint16, np.uint16)
     assert (row.weights.dtype, row.starts.dtype) == (np.float32, np.bool_)
     assert row.weight_total == 3.5
 
@@ -113,3 +114,30 @@ def test_validation_reads_every_document_whole_and_shortest_first() -> None:
     assert [batch.weight_total for batch in batches] == [2, 6, 8]
     for batch in batches:
         assert all(row == [1] + [0] * (len(row) - 1) for row in joined(batch, "starts"))
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 3, 5, 8, 100])
+@pytest.mark.parametrize("piece_tokens", [1, 2, 3, 4, 100])
+def test_pieces_hold_the_same_and_never_cross_a_chunk(chunk_tokens: int, piece_tokens: int) -> None:
+    rows = [whole(document_of(range(1, 20)), document_of([3, 4])), whole(document_of([7, 8, 9]))]
+    sequence = chunk_rows(rows, chunk_tokens=chunk_tokens)
+    pieces = sequence.in_pieces(piece_tokens)
+    for name in ("tokens", "targets", "loss_weight", "starts"):
+        assert joined(pieces, name) == joined(sequence, name)
+    lengths = [piece.tokens.shape[1] for piece in pieces.chunks]
+    expected = []
+    for chunk in sequence.chunks:
+        of_chunk = chunk.tokens.shape[1]
+        expected += [min(piece_tokens, of_chunk - begin) for begin in range(0, of_chunk, piece_tokens)]
+    assert lengths == expected
+    assert [piece.index for piece in pieces.chunks] == list(range(len(expected)))
+    assert pieces.chunks.pieces_per_chunk == -(-chunk_tokens // piece_tokens)
+    assert pieces.weight_total == sequence.weight_total
+
+
+def test_chunks_are_a_sequence() -> None:
+    chunks = chunk_rows([whole(document_of(range(10)))], chunk_tokens=4).chunks
+    assert chunks[-1].tokens.tolist() == [[8, 9]]
+    assert [chunk.index for chunk in chunks[1:]] == [1, 2]
+    with pytest.raises(IndexError):
+        chunks[3]

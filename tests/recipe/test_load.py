@@ -100,7 +100,7 @@ def test_nearest_key_over_all_sections(recipe_file: Path, extra: str, meant: str
 
 
 def test_unknown_key_without_a_near_one_lists_what_there_is(recipe_file: Path) -> None:
-    assert "bptt has chunk_tokens, window, boundaries, thin_boundaries." in complaint(
+    assert "bptt has chunk_tokens, window, activations, boundaries, thin_boundaries." in complaint(
         recipe_file, MINIMAL + "bptt: {zzz: 1}\n"
     )
     assert "A recipe has model, data, adapter" in complaint(recipe_file, MINIMAL + "zzz: 1\n")

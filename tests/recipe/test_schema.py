@@ -55,6 +55,7 @@ def test_defaults() -> None:
     assert recipe.bptt.model_dump() == {
         "chunk_tokens": 1024,
         "window": "document",
+        "activations": "auto",
         "boundaries": "auto",
         "thin_boundaries": False,
     }
@@ -82,6 +83,7 @@ def test_defaults() -> None:
         "seed": 0,
         "checkpoint_every": None,
         "validate_every": None,
+        "checkpoint_minutes": 30.0,
         "keep_checkpoints": 2,
         "max_nonfinite_steps": 10,
     }
@@ -159,6 +161,8 @@ def test_every_key_is_described() -> None:
         ("run", {"seed": 2**63}),
         ("run", {"checkpoint_every": 0}),
         ("run", {"keep_checkpoints": 0}),
+        ("run", {"checkpoint_minutes": 0}),
+        ("bptt", {"activations": "some"}),
         ("run", {"surprise": 1}),
         ("surprise", {"key": 1}),
     ],

@@ -37,9 +37,11 @@ def test_states_come_back_last_first_and_bit_equal(tmp_path: Path, where: str, d
     states = [make_state(seed, dtype) for seed in range(4)]
     for state in states:
         store.put(state)
-    for state in reversed(states):
-        found = store.pop()
-        assert all(torch.equal(a, b) for a, b in zip(found, state, strict=True))
+    for place in reversed(range(4)):
+        for look in range(place + 1):
+            found = store.read(look)
+            assert all(torch.equal(a, b) for a, b in zip(found, states[look], strict=True))
+        store.drop()
     assert not list(tmp_path.glob("boundaries/*"))
 
 
@@ -55,17 +57,43 @@ def test_the_bank_gives_every_boundary_once(num_chunks: int, is_thinned: bool) -
         return states[index + 1]
 
     bank = Bank(BoundaryPlan(is_thinned=is_thinned), num_chunks, advance)
-    bank.fill(states[0])
-    assert runs == list(range(num_chunks - 1))
+    for index, state in enumerate(states):
+        bank.put(index, state)
     most_kept = 0
     for index in reversed(range(num_chunks)):
-        most_kept = max(most_kept, len(bank._live) + len(bank._store._states))
+        most_kept = max(most_kept, len(bank._at_hand) + len(bank._store._states))
         assert bank.take(index) is states[index]
     if is_thinned:
         assert most_kept <= 2 * math.isqrt(num_chunks) + 2
-        assert len(runs) <= 2 * num_chunks
+        assert len(runs) <= num_chunks
     else:
-        assert len(runs) == num_chunks - 1
+        assert not runs
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 9, 17, 40])
+@pytest.mark.parametrize("is_thinned", [False, True])
+def test_what_a_bank_holds_is_small_and_enough_for_another(num_chunks: int, is_thinned: bool) -> None:
+    states = [make_state(seed) for seed in range(num_chunks)]
+    plan = BoundaryPlan(is_thinned=is_thinned)
+
+    def advance(index: int, state: ModelState) -> ModelState:
+        assert state is states[index]
+        return states[index + 1]
+
+    for num_put in range(1, num_chunks + 1):
+        for num_taken in range(num_put if num_put == num_chunks else 1):
+            bank = Bank(plan, num_chunks, advance)
+            for index in range(num_put):
+                bank.put(index, states[index])
+            for index in reversed(range(num_put - num_taken, num_put)):
+                bank.take(index)
+            held = list(bank.held())
+            assert len(held) <= 2 * math.isqrt(num_put) + 3
+            assert held[0] == (0, states[0])
+            other = Bank(plan, num_chunks, advance)
+            other.put_back(held)
+            for index in reversed(range(held[-1][0] + 1)):
+                assert other.take(index) is states[index]
 
 
 @pytest.mark.parametrize("plan", list(PLANS))
@@ -131,7 +159,7 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_none(
     monkeypatch.undo()
     assert raised.value.filename.endswith("boundary-000001.bin")
     assert [path.name for path in tmp_path.iterdir()] == ["boundary-000000.bin"]
-    assert torch.equal(store.pop().wkv, make_state(0).wkv)
+    assert torch.equal(store.read(0).wkv, make_state(0).wkv)
 
 
 def test_the_fastest_place_with_room_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,37 +14,14 @@ from infctx.checkpoint.run_state import load_run_state
 from infctx.errors import CheckpointError, InfctxError, RecipeError
 from infctx.export.catalog import save_model
 from infctx.model.finch import Finch
-from infctx.recipe.load import load_recipe
 from infctx.recipe.schema import Recipe
+from infctx.training.bptt import ChunkObjective
 from infctx.training.metrics import read_metrics
 from infctx.training.progress import SilentProgress
-from infctx.training.signals import StopRequested, StopSignals
+from infctx.training.resume import save_run
+from infctx.training.signals import StopRequested
 
 MEASURED = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss")
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, make_finch: Callable[..., Finch]) -> Callable[..., Recipe]:
-    """Builds recipes over one small model and a few documents, each in a run folder of its own."""
-    model = make_finch("6", n_layer=2, n_embd=16, vocab_size=257, dim_ffn=24)
-    save_model(model, tmp_path / "base.safetensors", format="safetensors", dtype=torch.float32, tokenizer="bytes")
-    rows = [{"text": "The quick brown fox jumps over the lazy dog. " * n} for n in (1, 3, 2, 5, 1)]
-    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def build(folder: str, *overrides: str) -> Recipe:
-        file = tmp_path / "recipe.yaml"
-        file.write_text(
-            f"""
-model: {{path: '{tmp_path}/base.safetensors'}}
-data: {{path: '{tmp_path}/docs.jsonl', validation: 0.2}}
-bptt: {{chunk_tokens: 16, window: 3}}
-optimizer: {{lr: 0.01, warmup_steps: 2, schedule: cosine}}
-run: {{folder: '{tmp_path / folder}', steps: 5, rows: 2, checkpoint_every: 2, validate_every: 2}}
-"""
-        )
-        return load_recipe(file, overrides)
-
-    return build
 
 
 KINDS = {
@@ -75,25 +52,6 @@ def outcome(recipe: Recipe) -> dict[str, object]:
     }
 
 
-@pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], None]]:
-    """Lets a run be stopped at its n-th chunk, of training or validation, as a signal there would."""
-    left: list[int | None] = [None]
-
-    def count(self: StopSignals) -> None:
-        if left[0] is not None:
-            if left[0] == 0:
-                raise StopRequested("SIGTERM")
-            left[0] -= 1
-
-    monkeypatch.setattr(StopSignals, "raise_if_requested", count)
-
-    def set_stop(chunks: int | None) -> None:
-        left[0] = chunks
-
-    return set_stop
-
-
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_stopped_at_any_chunk_and_continued_is_bit_identical(
     recipe: Callable[..., Recipe], stop_after: Callable[[int | None], None], kind: str
@@ -106,7 +64,7 @@ def test_stopped_at_any_chunk_and_continued_is_bit_identical(
     for distance in (1, 5, 12):
         stopped = recipe(f"stopped-{distance}", *KINDS[kind])
         while True:
-            stop_after(distance if stops < 40 else None)
+            stop_after(distance if stops < 24 else None)
             try:
                 result = run_recipe(stopped, SilentProgress())
                 break
@@ -118,6 +76,96 @@ def test_stopped_at_any_chunk_and_continued_is_bit_identical(
         assert not Path(stopped.run.folder, "boundaries").exists()
         assert outcome(stopped) == expected
     assert stops > 5
+
+
+@pytest.mark.parametrize("kind", ["stream", "documents, accumulated", "documents, states on disk, thinned", "dropout"])
+def test_a_run_that_is_stopped_behind_every_chunk_gets_to_its_end(
+    recipe: Callable[..., Recipe], stop_after: Callable[[int | None], None], kind: str
+) -> None:
+    """One chunk of work at a time, in either sweep: nothing in a checkpoint is lost, and nothing else changes."""
+    settings = KINDS["lora with dropout"] + KINDS["documents, accumulated"] if kind == "dropout" else KINDS[kind]
+    settings = (*settings, "data.validation=null", "run.steps=2" if kind == "stream" else "run.steps=1")
+    if kind != "stream":
+        settings = (*settings, "bptt.chunk_tokens=20")
+    straight = recipe("straight", *settings)
+    run_recipe(straight, SilentProgress())
+    stopped = recipe("stopped", *settings)
+    passes = set()
+    for _ in range(200):
+        stop_after(1)
+        try:
+            run_recipe(stopped, SilentProgress())
+            break
+        except StopRequested:
+            loaded = load_run_state(Path(stopped.run.folder))
+            assert loaded is not None
+            place = loaded.state.facts.get("under_way")
+            assert loaded.state.passes == (place["passes"] if place else 0)
+            if place:
+                passes.add((loaded.state.step, place["group"], place["in_sweep_2"], place["next_chunk_of_window"]))
+                assert loaded.state.tensors["under_way"]
+                has_run_backward = place["group"] > 0 or place["window_first_chunk"] > 0
+                has_run_backward |= "adjoint.wkv" in loaded.state.tensors["under_way"]
+                assert bool(loaded.state.tensors["gradient"]) == has_run_backward
+    stop_after(None)
+    assert outcome(stopped) == outcome(straight)
+    assert {in_sweep_2 for _, _, in_sweep_2, _ in passes} == {False, True}
+    assert len(passes) > 5
+
+
+def test_an_interval_of_time_makes_checkpoints_inside_a_step(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("bptt.window=document", "run.checkpoint_every=null", "run.steps=2", "data.validation=null")
+    straight = recipe("straight", *settings)
+    run_recipe(straight, SilentProgress())
+    saved = []
+    monkeypatch.setattr(
+        "infctx.training.loop.save_run",
+        lambda run, done, place: (
+            save_run(run, done, place),
+            saved.append((done.step, place.under_way and place.under_way.passes)),
+        ),
+    )
+    often = recipe("often", *settings, "run.checkpoint_minutes=0.0000001")
+    run_recipe(often, SilentProgress())
+    assert saved[:4] == [(0, None), (0, 1), (0, 2), (0, 3)]
+    assert saved[-1] == (2, None)
+    assert {step for step, _ in saved} == {0, 1, 2}
+    names = sorted(path.name for path in Path(often.run.folder, "checkpoints").iterdir())
+    assert names == ["latest", f"step-000001+{saved[-2][1]:06d}", "step-000002"]
+    # Its settings are in its checkpoints' cursor and nowhere else.
+    assert outcome(often) == outcome(straight)
+
+
+def test_going_on_inside_a_step_repeats_little(
+    recipe: Callable[..., Recipe], stop_after: Callable[[int | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("bptt.window=document", "bptt.chunk_tokens=4", "run.steps=1", "run.rows=1", "data.validation=null")
+    calls = 0
+    forward = ChunkObjective.forward
+
+    def counted(*arguments: object, **settings: object) -> object:
+        nonlocal calls
+        calls += 1
+        return forward(*arguments, **settings)
+
+    monkeypatch.setattr(ChunkObjective, "forward", counted)
+    straight = recipe("straight", *settings)
+    run_recipe(straight, SilentProgress())
+    in_one_go, calls = calls, 0
+    assert in_one_go > 40
+    stopped = recipe("stopped", *settings)
+    num_measured = 2  # For the choice of what to keep in memory, each time a run begins.
+    stop_after(in_one_go * 3 // 4)
+    with pytest.raises(StopRequested):
+        run_recipe(stopped, SilentProgress())
+    stop_after(None)
+    run_recipe(stopped, SilentProgress())
+    # Of the states before the place, about a square root was kept; the others were computed once more.
+    num_chunks = in_one_go // 2
+    assert in_one_go < calls <= in_one_go + num_measured + num_chunks // 2
+    assert outcome(stopped) == outcome(straight)
 
 
 def test_two_runs_of_a_recipe_are_bit_identical_and_another_seed_is_not(recipe: Callable[..., Recipe]) -> None:
