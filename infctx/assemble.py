@@ -109,7 +109,13 @@ def open_data(recipe: Recipe, *, model_file: ModelFile) -> RunData:
     elif isinstance(section.validation, float):
         training, validation = split_validation(training, fraction=section.validation, seed=recipe.run.seed)
     elif section.validation is not None:
-        validation = load(section.validation, []).documents
+        held_out = load(section.validation, [])
+        validation = held_out.documents
+        loaded = LoadedData(
+            documents=loaded.documents,
+            rejected=[*loaded.rejected, *held_out.rejected],
+            tokens_dropped=loaded.tokens_dropped + held_out.tokens_dropped,
+        )
     return RunData(training=training, validation=validation, loaded=loaded, tokenizer=name)
 
 

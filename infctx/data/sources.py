@@ -2,6 +2,7 @@
 
 import fnmatch
 import glob
+import importlib.util
 import json
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,7 +41,8 @@ def expand_paths(paths: Sequence[str], exclude: Sequence[str] = ()) -> list[Path
     """Turn files and globs into a sorted list of files without duplicates.
 
     Args:
-        paths: files or globs (`**` = any depth). `{stdlib}` stands for the folder of Python's standard library.
+        paths: files or globs (`**` = any depth). `{stdlib}` stands for the folder of Python's standard library,
+            `{torch}` for that of the installed torch.
         exclude: patterns of files to leave out, matched against the whole path; their `*` crosses folders.
     Raises: DataError for a path that names no file, for a folder, and where `exclude` leaves nothing.
     """
@@ -61,9 +63,15 @@ def expand_paths(paths: Sequence[str], exclude: Sequence[str] = ()) -> list[Path
 
 
 def _fill_in(path: str) -> str:
-    if "{stdlib}" not in path:
-        return path
-    return path.replace("{stdlib}", Path(sysconfig.get_path("stdlib")).as_posix())
+    if "{stdlib}" in path:
+        path = path.replace("{stdlib}", Path(sysconfig.get_path("stdlib")).as_posix())
+    if "{torch}" in path:
+        # Found without being imported, which takes seconds.
+        torch = importlib.util.find_spec("torch")
+        assert torch is not None
+        assert torch.origin is not None
+        path = path.replace("{torch}", Path(torch.origin).parent.as_posix())
+    return path
 
 
 def _files_of(path: str) -> list[Path]:

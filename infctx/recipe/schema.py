@@ -61,7 +61,8 @@ class DataSection(Section):
     """The documents, how they are read, and which are held out."""
 
     path: Text | Annotated[list[Text], Field(min_length=1)] = Field(
-        description="Paths or globs of the documents; {stdlib} names the folder of Python's standard library."
+        description="Paths or globs of the documents; {stdlib} names the folder of Python's standard library, {torch} "
+        "that of the installed torch."
     )
     exclude: list[Text] = Field(default=[], description="Globs of paths to leave out of `path`.")
     template: Literal["text", "completion"] = Field(

@@ -6,6 +6,7 @@ chunks holds about 2·sqrt(n) of them and runs forward once more.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infctx.errors import MachineError
 from infctx.model.state import ModelState
 
 Where = Literal["device", "host", "disk"]
@@ -24,6 +26,8 @@ Where = Literal["device", "host", "disk"]
 # Shares of the memory that is free when a run starts; the rest is for activations, gradients and the optimizer.
 DEVICE_SHARE = 0.25
 HOST_SHARE = 0.5
+# Of boundary states in one piece of memory.
+BLOCK_BYTES = 16 * 2**20
 
 
 class BoundaryStore(Protocol):
@@ -55,7 +59,7 @@ class BoundaryPlan:
         if self.where == "disk":
             assert self.folder is not None, "the disk store needs a folder"
             return DiskStore(self.folder)
-        return HostStore() if self.where == "host" else DeviceStore()
+        return MemoryStore(on_host=self.where == "host")
 
     def most_kept(self, num_chunks: int) -> int:
         """The number of states held at once for a window of so many chunks, at most."""
@@ -67,69 +71,73 @@ class BoundaryPlan:
         return max(1, math.isqrt(num_chunks)) if self.is_thinned else 1
 
 
-class DeviceStore:
-    """Keeps the tensors where they are."""
+class MemoryStore:
+    """States on their device or on the host, in blocks of many.
 
-    def __init__(self) -> None:
-        self._states: list[ModelState] = []
+    A state of its own between the temporaries of two chunks would keep the allocator from using that memory again: over
+    a million tokens more is lost so than the states take. On the host the blocks are pinned for a GPU, so that the
+    copies run beside the computation, in its order. What `read` gives may lie in a block, and is good until the next
+    put.
+    """
 
-    def put(self, state: ModelState) -> None:
-        """Keep the state itself."""
-        self._states.append(state)
-
-    def read(self, place: int) -> ModelState:
-        """The state itself."""
-        return self._states[place]
-
-    def drop(self) -> None:
-        """Let go of the last."""
-        self._states.pop()
-
-
-class HostStore:
-    """Copies to host memory; pinned for a GPU, so that the copies run beside the computation, in its order."""
-
-    def __init__(self) -> None:
-        self._states: list[tuple[torch.device, list[Tensor]]] = []
+    def __init__(self, *, on_host: bool) -> None:
+        self._on_host = on_host
+        self._blocks: list[list[Tensor]] = []
+        self._per_block = 0
+        self._count = 0
+        self._device = torch.device("cpu")
 
     def put(self, state: ModelState) -> None:
-        """Copy to the host."""
-        device = state.wkv.device
-        copies = []
-        for tensor in state:
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=device.type == "cuda")
-            copies.append(copy.copy_(tensor, non_blocking=True))
-        self._states.append((device, copies))
+        """Copy the state to where the next one belongs."""
+        if not self._blocks:
+            self._device = state.wkv.device
+            self._per_block = max(1, BLOCK_BYTES // state_bytes(state))
+        block, place = divmod(self._count, self._per_block)
+        if block == len(self._blocks):
+            self._blocks.append([self._new_block(tensor) for tensor in state])
+        for kept, tensor in zip(self._blocks[block], state, strict=True):
+            kept[place].copy_(tensor, non_blocking=True)
+        self._count += 1
 
     def read(self, place: int) -> ModelState:
-        """Copy back."""
-        device, copies = self._states[place]
-        return ModelState(*(tensor.to(device, non_blocking=True) for tensor in copies))
+        """The state, copied back to its device if it was not there."""
+        block, place = divmod(place, self._per_block)
+        return ModelState(*(kept[place].to(self._device, non_blocking=True) for kept in self._blocks[block]))
 
     def drop(self) -> None:
-        """Let go of the last."""
-        self._states.pop()
+        """Let go of the last, and of its block if it was the first in it."""
+        self._count -= 1
+        if self._count % self._per_block == 0:
+            self._blocks.pop()
+
+    def _new_block(self, tensor: Tensor) -> Tensor:
+        device = torch.device("cpu") if self._on_host else self._device
+        is_pinned = self._on_host and self._device.type == "cuda"
+        return torch.empty(self._per_block, *tensor.shape, dtype=tensor.dtype, device=device, pin_memory=is_pinned)
 
 
 class DiskStore:
     """One file for each state, removed when it is dropped; for this process alone, and worth nothing after it."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot("make", folder, error) from error
         self._folder = folder
         self._kept: list[tuple[torch.device, list[tuple[torch.Size, torch.dtype]]]] = []
 
     def put(self, state: ModelState) -> None:
-        """Write the tensors' bytes. Raises OSError when the disk is full or fails."""
+        """Write the tensors' bytes. Raises MachineError when the disk is full, fails or may not be written."""
         path = self._path(len(self._kept))
         try:
             with path.open("wb") as file:
                 for tensor in state:
                     file.write(tensor.detach().contiguous().cpu().numpy().data)
         except OSError as error:
-            path.unlink(missing_ok=True)
-            error.filename = error.filename or str(path)
-            raise
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            raise _cannot("write", path, error) from error
         self._kept.append((state.wkv.device, [(tensor.shape, tensor.dtype) for tensor in state]))
 
     def read(self, place: int) -> ModelState:
@@ -151,6 +159,13 @@ class DiskStore:
 
     def _path(self, index: int) -> Path:
         return self._folder / f"boundary-{index:06d}.bin"
+
+
+def _cannot(what: str, path: Path, error: OSError) -> MachineError:
+    return MachineError(
+        f"Boundary states: cannot {what} {path}: {error.strerror or error}. Make room there or let it be written, keep "
+        "fewer with bptt.thin_boundaries: true, or keep them in memory with bptt.boundaries: host."
+    )
 
 
 Boundary = tuple[int, ModelState]

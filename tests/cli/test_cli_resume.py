@@ -132,6 +132,30 @@ def test_a_signal_alone_makes_a_checkpoint(
     check_equal(found, expected)
 
 
+def test_a_second_signal_stops_at_once_and_leaves_the_last_checkpoint(
+    forks: Any, make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The first waits for the end of the chunk, which is long here."""
+    (tmp_path / "long.txt").write_text("abcdef" * 8000, encoding="utf-8")
+    recipe = make_recipe(
+        data={"path": str(tmp_path / "long.txt")},
+        bptt={"chunk_tokens": 48_000, "window": 1},
+        run={"steps": 2, "rows": 1, "checkpoint_every": 1},
+    )
+    folder = tmp_path / "run"
+    process = forks.start("train", recipe)
+    process.wait_for(lambda: newest_step(folder) == 1)
+    process.signal(signal.SIGTERM)
+    time.sleep(0.05)
+    process.signal(signal.SIGTERM)
+    ended = process.wait()
+    assert ended.code == -signal.SIGTERM
+    assert newest_step(folder) == 1
+    assert not (folder / "result.json").exists()
+    again = forks.start("train", recipe).wait().ok()
+    assert "continuing after step 1" in again.err
+
+
 def test_ctrl_c_before_the_first_step(forks: Any, make_recipe: Callable[..., Path], rows: Path, tmp_path: Path) -> None:
     """While a big corpus is read: one of our exit codes, no traceback, nothing left behind."""
     (tmp_path / "big.jsonl").write_bytes(rows.read_bytes() * 4000)

@@ -64,6 +64,12 @@ def test_stdlib_names_the_standard_library() -> None:
     assert folder / "__init__.py" not in found
 
 
+def test_torch_names_the_installed_torch() -> None:
+    (found,) = expand_paths(["{torch}/testing/_internal/common_methods_invocations.py"])
+    # The document of recipes/million_tokens.yaml, which promises this.
+    assert found.stat().st_size > 1_000_000
+
+
 @pytest.mark.parametrize(
     ("paths", "exclude", "message"),
     [

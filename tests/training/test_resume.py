@@ -235,7 +235,9 @@ def test_a_run_of_gradients_that_are_not_finite_stops(recipe: Callable[..., Reci
     with pytest.raises(InfctxError, match="not finite in 3 steps in a row"):
         run_recipe(built, SilentProgress())
     lines = read_metrics(Path(built.run.folder) / "metrics.jsonl")
-    assert [line for line in lines if "not finite" in str(line.get("not_updated"))]
+    left_out = [line for line in lines if "not finite" in str(line.get("not_updated"))]
+    assert len(left_out) == 3
+    assert all(line["documents"] and "docs.jsonl:" in line["documents"][0] for line in left_out)
     state = load_run_state(Path(built.run.folder))
     assert state is None or all(bool(t.isfinite().all()) for t in state.state.tensors["trainable"].values())
 
