@@ -69,7 +69,7 @@ class ChunkObjective(nn.Module):
 class ChunkedResult(NamedTuple):
     """loss_sum: weighted, not divided, detached. state: after the last chunk. initial_state_gradient: of the loss
     divided by the weight total, with respect to the state before the first chunk. largest_difference: 0-d, between the
-    states that sweep 1 banked and those that sweep 2 computed again; 0 on a CPU."""
+    states that sweep 1 banked and those that sweep 2 computed again, beside the largest of each; 0 on a CPU."""
 
     loss_sum: Tensor
     state: ModelState
@@ -243,7 +243,8 @@ class _Walk:
         """How far the state is from the one that sweep 1 found here, without asking the device for the answer."""
         if self._banked_after is not None:
             for found, banked in zip(after, self._banked_after, strict=True):
-                difference = (found - banked).abs().amax()
+                smallest = torch.finfo(banked.dtype).tiny
+                difference = (found - banked).abs().amax() / banked.abs().amax().clamp(min=smallest)
                 self._largest_difference = torch.maximum(self._largest_difference, difference)
 
     @torch.no_grad()

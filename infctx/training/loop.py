@@ -24,7 +24,7 @@ from infctx.training.step_place import StepPlace, random_state, set_random_state
 from infctx.training.validation import validation_loss
 
 # Of every line of metrics.jsonl; the line before the first step has nulls where nothing was done. chunks, chunk_tokens
-# and window are as the step was cut in the end; recompute_difference: the largest between the states of both sweeps.
+# and window are as the step was cut in the end; recompute_difference: the largest, relative.
 STEP_KEYS = (
     "step",
     "tokens",
@@ -43,6 +43,8 @@ STEP_KEYS = (
 )
 
 
+# Between the states of the two sweeps, relative. bf16 keeps 8 bits; a GPU may add up in another order.
+LARGEST_DIFFERENCE = 1e-2
 # Of the documents of a step that was left out, so many are named.
 MOST_NAMED = 8
 
@@ -149,6 +151,11 @@ def _one_step(
     done.tokens += report.num_tokens
     done.train_loss = _finite(report.loss) if report.loss is not None else done.train_loss
     done.steps_without_target += report.loss is None
+    if gradient.largest_difference > LARGEST_DIFFERENCE:
+        run.progress.message(
+            f"step {done.step}: the second sweep computed other states than the first (relative difference "
+            f"{gradient.largest_difference:.1e}): the gradient is not exact. Try another kernel.backend, and report it."
+        )
     pieces = data.groups[0].chunks.pieces_per_chunk
     values = (
         done.step,

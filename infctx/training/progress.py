@@ -121,6 +121,7 @@ class PlainProgress:
             f"peak {memory_text(report)}",
             f"lr {rate_text(report)}",
             f"eta {clock_text(eta_seconds)}" if eta_seconds is not None else "",
+            work_text(report),
         ]
         return "  ".join(part for part in parts if part)
 
@@ -323,6 +324,17 @@ def number(report: Mapping[str, object], key: str) -> float | None:
 def loss_text(loss: float | None) -> str:
     """A loss in nats per token."""
     return "–" if loss is None else f"{loss:.3f}" if loss < 1000 else f"{loss:.1e}"
+
+
+def work_text(report: Mapping[str, object]) -> str:
+    """What the step computed: its chunks, how many the gradient crossed, and rows that went on from the step before."""
+    chunks, chunk_tokens = number(report, "chunks"), number(report, "chunk_tokens")
+    if chunks is None or chunk_tokens is None:
+        return ""
+    window = number(report, "window")
+    reach = "the whole document" if window is None else f"{window:,.0f}"
+    carried = number(report, "carried_rows") or 0
+    return f"{chunks:,.0f} chunks of {chunk_tokens:,.0f}, gradient across {reach}, {carried:,.0f} rows carried on"
 
 
 def speed_text(report: Mapping[str, object]) -> str:

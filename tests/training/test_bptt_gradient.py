@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import infctx
+from infctx.adapters.catalog import ATTACH
+from infctx.data.chunking import Chunk
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
+from infctx.training.bptt import ChunkObjective, Window, backward_through_windows
 from infctx.training.chunked import chunked_step
 
 VERSIONS = ["6", "5.2"]
@@ -326,3 +329,45 @@ def test_memory_does_not_grow_with_the_document(make_finch: Callable[..., Finch]
         largest.append(counter.largest)
     # A chunk of a longer document also keeps the states and gradients that tie it to the next one.
     assert largest[2] == largest[1] <= 1.1 * largest[0], largest
+
+
+def test_the_two_sweeps_are_compared(make_finch: Callable[..., Finch]) -> None:
+    """Nothing when they compute the same; with random numbers that are not replayed, the difference shows."""
+    model = make_finch("6")
+    targets = ["receptance", "key", "value", "gate", "output"]
+    ATTACH["lora"](model, rank=4, alpha=8.0, dropout=0.5, targets=targets, train_also=[])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    model.train()
+    tokens = torch.randint(1, 50, (2, 60), generator=torch.Generator().manual_seed(0))
+    chunks = []
+    for index in range(5):
+        place = slice(12 * index, 12 * index + 12)
+        chunk = Chunk(
+            tokens=tokens[:, place],
+            targets=tokens[:, place],
+            loss_weight=torch.ones(2, 12),
+            starts=None,
+            index=index,
+            has_loss=True,
+        )
+        chunks.append(chunk)
+
+    def difference(*, keeps_random_state: bool, window: Window) -> float:
+        result = backward_through_windows(
+            ChunkObjective(model),
+            chunks,
+            model.fresh_state(2),
+            window=window,
+            weight_total=120.0,
+            keeps_random_state=keeps_random_state,
+        )
+        return float(result.largest_difference)
+
+    assert difference(keeps_random_state=True, window="document") == 0
+    assert difference(keeps_random_state=True, window=2) == 0
+    assert difference(keeps_random_state=False, window="document") > 0.1
+    assert difference(keeps_random_state=False, window=2) > 0.1
+    assert difference(keeps_random_state=False, window=1) == 0

@@ -72,6 +72,21 @@ def test_a_plain_line() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("window", "words"),
+    [
+        (2, "4 chunks of 1,024, gradient across 2, 3 rows carried on"),
+        ("document", "gradient across the whole document"),
+    ],
+)
+def test_a_plain_line_says_what_the_step_did(window: int | str, words: str) -> None:
+    stream = io.StringIO()
+    progress = PlainProgress(stream, every_seconds=0)
+    progress.start(4, [])
+    progress.step({**report(1), "chunks": 4, "chunk_tokens": 1024, "window": window, "carried_rows": 3})
+    assert words in stream.getvalue()
+
+
 def test_plain_lines_come_every_few_seconds_and_first_and_last_always() -> None:
     lines = plain_run(12, total=12, seconds_a_step=1)
     assert lines[:2] == ["Finch", "4 chunks"]
