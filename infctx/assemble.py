@@ -47,6 +47,14 @@ RESULT_FILE = "result.json"
 LOG_FILE = "run.log"
 LEDGER_FILE = "ledger.json"
 BOUNDARY_FOLDER = "boundaries"
+# Where things are kept and for how long; nothing that is computed.
+FREE_KEYS = (
+    "bptt.activations",
+    "bptt.boundaries",
+    "bptt.thin_boundaries",
+    "run.checkpoint_minutes",
+    "run.keep_checkpoints",
+)
 RESULT_KEYS = ("steps", "train_loss", "val_loss", "first_val_loss", "tokens", "folder")
 
 
@@ -156,7 +164,7 @@ def _run_in_folder(recipe: Recipe, parts: _Parts, progress: Progress, folder: Pa
         return {**finished, "already_finished": True}
     remove_unfinished(folder)
     write_recipe(_with_choices(recipe, parts), folder / RECIPE_FILE)
-    _write_json(folder / LEDGER_FILE, _account(parts.data))
+    _write_json(folder / LEDGER_FILE, account_for(parts.data))
     # A killed run's boundaries are worth nothing to the next one.
     remove_tree(folder / BOUNDARY_FOLDER)
     try:
@@ -169,7 +177,7 @@ def _run_in_folder(recipe: Recipe, parts: _Parts, progress: Progress, folder: Pa
     return {**result, "already_finished": False}
 
 
-def _account(data: RunData) -> dict[str, object]:
+def account_for(data: RunData) -> dict[str, object]:
     """Where every token of the training data went, and what was held out."""
     account = ledger(data.training, data.loaded.rejected, dropped=data.loaded.tokens_dropped)
     held_out = {"documents": len(data.validation), "tokens": sum(len(document) for document in data.validation)}
@@ -498,7 +506,8 @@ def _from_anywhere(recipe: Recipe) -> Recipe:
 def _as_begun(folder: Path, recipe: Recipe) -> Recipe:
     """The recipe as it goes on in this folder; refuses a folder of another recipe, or of something else.
 
-    What the recipe leaves open (precision, backend, tokenizer) stays what it was when the run began.
+    What the recipe leaves open (precision, backend, tokenizer) stays what it was when the run began. What changes no
+    number (FREE_KEYS) may be changed: a run whose disk was full has to go on with other ones.
     """
     used = folder / RECIPE_FILE
     if used.is_file():
@@ -506,7 +515,7 @@ def _as_begun(folder: Path, recipe: Recipe) -> Recipe:
         recipe = _filled_in(recipe, begun)
         # The folder may have been moved, or be spelt in another way.
         in_its_folder = recipe.run.model_copy(update={"folder": begun.run.folder})
-        differences = recipe_differences(begun, recipe.model_copy(update={"run": in_its_folder}))
+        differences = recipe_differences(begun, recipe.model_copy(update={"run": in_its_folder}), but_not=FREE_KEYS)
         if differences:
             raise RecipeError(
                 f"{folder}: this run folder was made with another recipe:\n  "

@@ -120,14 +120,12 @@ def data(
 ) -> None:
     """Show what the model will see: documents, masks in colour, and where every token goes."""
     loaded = _load_recipe(recipe, overrides).resolved()
-    from infctx.assemble import open_data
+    from infctx.assemble import account_for, open_data
     from infctx.checkpoint.model_file import read_model_file
-    from infctx.data.load import ledger
     from infctx.data.tokenizer import tokenizer_by_name
 
     opened = open_data(loaded, model_file=read_model_file(loaded.model.path, dtype=None))
-    account = ledger(opened.training, opened.loaded.rejected, dropped=opened.loaded.tokens_dropped)
-    account["held_out"] = {"documents": len(opened.validation), "tokens": sum(map(len, opened.validation))}
+    account = account_for(opened)
     if not as_json:
         from infctx.data_view import print_data
 

@@ -28,6 +28,8 @@ def print_data(documents: Sequence[Document], tokenizer: Tokenizer, account: Map
         f"tokens in {tokens['in']:,} = trained {tokens['trained']:,} + masked {tokens['masked']:,} "
         f"+ dropped {tokens['dropped']:,}"
     )
+    held_out = account["held_out"]
+    console.print(f"held out besides: {held_out['tokens']:,} tokens of {held_out['documents']:,} documents")
     for row in account["rejected_rows"][:10]:
         console.print(f"  {row['file']}:{row['line']}: {row['reason']}", style="yellow", markup=False)
 

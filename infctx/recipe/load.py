@@ -6,7 +6,7 @@ booleans of YAML 1.2, so that `010`, `1:30`, `no` and `2024-01-01` mean what the
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,13 @@ def write_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
         sibling.unlink(missing_ok=True)
 
 
-def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
-    """One line for each key that differs between a run folder's recipe and the one given now, both resolved."""
+def recipe_differences(old: Recipe, new: Recipe, *, but_not: Collection[str] = ()) -> list[str]:
+    """One line for each key that differs between a run folder's recipe and the one given now, both resolved.
+
+    Args: but_not: keys that may differ.
+    """
     before, now = _flat(old), _flat(new)
-    keys = [key for key in known_keys() if before.get(key) != now.get(key)]
+    keys = [key for key in known_keys() if key not in but_not and before.get(key) != now.get(key)]
     return [f"{key}: {_shown(before.get(key))} in the run folder, {_shown(now.get(key))} now" for key in keys]
 
 

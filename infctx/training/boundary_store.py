@@ -75,9 +75,9 @@ class MemoryStore:
     """States on their device or on the host, in blocks of many.
 
     A state of its own between the temporaries of two chunks would keep the allocator from using that memory again: over
-    a million tokens more is lost so than the states take. On the host the blocks are pinned for a GPU, so that the
-    copies run beside the computation, in its order. What `read` gives may lie in a block, and is good until the next
-    put.
+    a million tokens more is lost so than the states take. On the host the blocks are pinned for a GPU: copies stand in
+    line with the computation, and the host does not wait for them. What `read` gives may lie in a block, and is good
+    until the next put.
     """
 
     def __init__(self, *, on_host: bool) -> None:

@@ -226,7 +226,8 @@ def _gradient_that_fits(
         try:
             pieces = data.in_pieces(done.piece_tokens)
             gradient = step_gradient(
-                run.objective,
+                # A step without a target has no places to go on from; it can be stopped all the same.
+                run.objective if data.weight_total > 0 else _stoppable(run, signals),
                 pieces,
                 states,
                 window=run.settings.window,

@@ -229,6 +229,40 @@ def test_a_finished_run_and_a_changed_recipe_change_nothing(recipe: Callable[...
     assert run_recipe(built, SilentProgress(), fresh=True)["folder"] == f"{folder}-2"
 
 
+def test_what_changes_no_number_may_be_changed_under_a_run(
+    recipe: Callable[..., Recipe], stop_after: Callable[[int | None], None]
+) -> None:
+    settings = ("bptt.window=document", "run.steps=2", "data.validation=null")
+    straight = recipe("straight", *settings)
+    run_recipe(straight, SilentProgress())
+    changes = [
+        ("bptt.boundaries=disk", "bptt.activations=recompute"),
+        ("bptt.boundaries=host", "bptt.thin_boundaries=true", "run.checkpoint_minutes=1"),
+        ("bptt.boundaries=disk", "bptt.activations=keep", "run.keep_checkpoints=3"),
+    ]
+    for changed in changes:
+        stop_after(8)
+        with pytest.raises(StopRequested):
+            run_recipe(recipe("changed", *settings, *changed), SilentProgress())
+    stop_after(None)
+    changed = recipe("changed", *settings)
+    run_recipe(changed, SilentProgress())
+    assert outcome(changed) == outcome(straight)
+
+
+def test_a_step_without_a_target_can_be_stopped(
+    recipe: Callable[..., Recipe], stop_after: Callable[[int | None], None], tmp_path: Path
+) -> None:
+    (tmp_path / "masked.jsonl").write_text(json.dumps({"prompt": "only read " * 30, "completion": ""}) + "\n")
+    built = recipe("run", f"data.path='{tmp_path}/masked.jsonl'", "data.validation=null", "data.template=completion")
+    stop_after(2)
+    with pytest.raises(StopRequested):
+        run_recipe(built, SilentProgress())
+    loaded = load_run_state(Path(built.run.folder))
+    assert loaded is not None
+    assert loaded.state.step == 0
+
+
 def test_a_run_of_gradients_that_are_not_finite_stops(recipe: Callable[..., Recipe]) -> None:
     built = recipe("run", "optimizer.lr=1e30", "optimizer.clip=null", "optimizer.warmup_steps=0", "run.steps=50")
     built = built.model_copy(update={"run": built.run.model_copy(update={"max_nonfinite_steps": 3})})
