@@ -34,6 +34,7 @@ from infctx.training.boundary_store import BoundaryPlan, choose_store, free_byte
 from infctx.training.bptt import ChunkObjective
 from infctx.training.fabric_run import FabricEngine
 from infctx.training.gradient_check import GradientCheck, check_gradient
+from infctx.training.host_memory import HeapTrimmer
 from infctx.training.loop import train
 from infctx.training.metrics import MetricsLog
 from infctx.training.optim import LearningRate, make_adamw, parameter_groups
@@ -376,6 +377,7 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
             "torch": torch.__version__,
         },
         save_adapter=_adapter_writer(parts.adapter, folder / "adapter"),
+        trimmer=HeapTrimmer(parts.engine.device),
     )
 
 

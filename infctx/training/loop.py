@@ -210,6 +210,7 @@ def _gradient_that_fits(
         states = [_zeros(run, group.chunks[0].tokens.shape[0]) for group in data.groups]
 
     def before_chunk(tell: Callable[[], StepPlace]) -> None:
+        run.trimmer.tick()
         try:
             signals.raise_if_requested()
         except StopRequested:

@@ -15,6 +15,7 @@ from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.training.boundary_store import BoundaryPlan
 from infctx.training.bptt import Window
+from infctx.training.host_memory import HeapTrimmer
 from infctx.training.metrics import MetricsLog
 from infctx.training.optim import LearningRate
 from infctx.training.progress import Progress
@@ -60,6 +61,7 @@ class Run:
     headline: Sequence[str]
     facts: Mapping[str, object]
     save_adapter: Callable[[], None]
+    trimmer: HeapTrimmer
 
 
 @dataclass(kw_only=True, slots=True)

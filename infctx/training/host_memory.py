@@ -1,0 +1,42 @@
+"""Memory of the host that was freed, and is not given back."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+
+import torch
+
+# Often enough that little gathers; seldom enough that taking the pages anew is not seen in the time.
+EVERY_SECONDS = 10.0
+
+
+class HeapTrimmer:
+    """Gives back to the system, from time to time, what the allocator keeps between the temporaries of the chunks.
+
+    glibc hands out tensors of up to 32 MB from a heap with holes that no two chunks fill in the same way: over a
+    thousand chunks a process of 600 MB grows by a quarter, though nothing is held. On other systems, and where the
+    tensors are on a GPU, it does nothing.
+    """
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
+        self._trim = _malloc_trim() if device.type == "cpu" else None
+        self._clock = clock
+        self._trimmed_at = clock()
+
+    def tick(self) -> bool:
+        """Trim if it is time; returns whether it did."""
+        if self._trim is None or self._clock() - self._trimmed_at < EVERY_SECONDS:
+            return False
+        self._trim(0)
+        self._trimmed_at = self._clock()
+        return True
+
+
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError):
+        return None
+    return trim
