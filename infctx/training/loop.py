@@ -244,7 +244,6 @@ def _gradient_that_fits(
             if fault is None:
                 raise
         # Not in the except clause: there the error's traceback keeps the activations alive.
-        run.optimizer.zero_grad(set_to_none=True)
         shorten_chunks(run, done, data, fault)
         start = None
         set_random_state(place.random_state, run.device)

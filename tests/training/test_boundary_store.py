@@ -105,6 +105,9 @@ def test_what_a_bank_holds_is_small_and_enough_for_another(num_chunks: int, is_t
             held = list(bank.held())
             assert len(held) <= 2 * math.isqrt(num_put) + 3
             assert held[0][0] == 0
+            if not is_thinned:
+                # What comes next is not to be computed again.
+                assert held[-1][0] == num_put - num_taken - 1
             assert all(torch.equal(state.wkv, states[index].wkv) for index, state in held)
             other = Bank(plan, num_chunks, advance)
             other.put_back(held)

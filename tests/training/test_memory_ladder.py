@@ -82,6 +82,19 @@ def test_shorter_chunks_make_the_same_gradient(
         assert float((short_weights[name] - expected).norm() / expected.norm()) < 1e-6, name
 
 
+def test_what_is_tried_in_vain_leaves_no_trace(
+    recipe: Callable[..., Recipe], most_tokens: Callable[[int], None]
+) -> None:
+    """With dropout too: the same bits as of a run that began with the short chunks."""
+    settings = ("bptt.window=document", "bptt.activations=keep", "adapter.kind=lora", "adapter.dropout=0.3")
+    settings = (*settings, "data.validation=null", "run.steps=3")
+    _, weights, _ = run(recipe("short", *settings, "bptt.chunk_tokens=16"))
+    most_tokens(16)
+    _, found, messages = run(recipe("long", *settings, "bptt.chunk_tokens=64"))
+    assert len([message for message in messages if "out of memory" in message]) == 2
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+
+
 def test_a_run_that_goes_on_keeps_its_shorter_chunks(
     recipe: Callable[..., Recipe], most_tokens: Callable[[int], None], stop_after: Callable[[int | None], None]
 ) -> None:
