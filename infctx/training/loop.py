@@ -96,8 +96,10 @@ def _run_steps(run: Run, done: Done, place: Place, signals: StopSignals) -> Done
             row_states = _one_step(run, done, data, place, signals, saver)
         except StopRequested:
             saver.save(done, place)
-            inside = "" if place.under_way is None else f", {place.under_way.in_words()} of the next"
-            run.progress.message(f"stopped by {signals.name}; a checkpoint of step {done.step}{inside} is written")
+            where = f"after step {done.step}"
+            if place.under_way is not None:
+                where = f"inside step {done.step + 1}, {place.under_way.in_words()}"
+            run.progress.message(f"stopped by {signals.name} {where}; a checkpoint is written")
             raise
         place = Place(cursor=run.source.cursor(), random_state=random_state(run.device), row_states=row_states)
     saver.save(done, place)

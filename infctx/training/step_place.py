@@ -100,8 +100,8 @@ class StepPlace:
     def in_words(self) -> str:
         """Where it is, for people."""
         windows = self.windows
-        sweep = "gradient" if windows.in_sweep_2 else "states"
-        return f"group {self.group + 1}, chunk {windows.first + windows.next + 1}, computing the {sweep}"
+        chunk = windows.first + windows.next + 1
+        return f"at chunk {chunk:,} of group {self.group + 1}, sweep {2 if windows.in_sweep_2 else 1}"
 
     @classmethod
     def from_parts(cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> StepPlace:

@@ -136,15 +136,17 @@ def test_a_second_signal_stops_at_once_and_leaves_the_last_checkpoint(
     forks: Any, make_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The first waits for the end of the chunk, which is long here."""
-    (tmp_path / "long.txt").write_text("abcdef" * 8000, encoding="utf-8")
+    (tmp_path / "long.txt").write_text("abcdef" * 16_000, encoding="utf-8")
     recipe = make_recipe(
         data={"path": str(tmp_path / "long.txt")},
-        bptt={"chunk_tokens": 48_000, "window": 1},
+        bptt={"chunk_tokens": 96_000, "window": 1},
         run={"steps": 2, "rows": 1, "checkpoint_every": 1},
     )
     folder = tmp_path / "run"
     process = forks.start("train", recipe)
     process.wait_for(lambda: newest_step(folder) == 1)
+    # Into the middle of the second step's only chunk, which takes seconds.
+    time.sleep(0.5)
     process.signal(signal.SIGTERM)
     time.sleep(0.05)
     process.signal(signal.SIGTERM)
