@@ -75,6 +75,24 @@ class Chunk:
         )
 
 
+class CutWhenAsked(Sequence[Chunk]):
+    """Chunks that are cut when they are asked for; a kind of them says how many there are, and cuts one."""
+
+    __slots__ = ()
+
+    def cut(self, index: int) -> Chunk:
+        """The chunk of this number, 0 <= index < len."""
+        raise AssertionError("each kind has its own")
+
+    @overload
+    def __getitem__(self, index: int) -> Chunk: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Chunk]: ...
+    def __getitem__(self, index: int | slice) -> Chunk | list[Chunk]:
+        places = range(len(self))[index]
+        return self.cut(places) if isinstance(places, int) else [self.cut(place) for place in places]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ChunkSequence:
     """The chunks of one group of rows in one step.
@@ -96,7 +114,7 @@ class ChunkSequence:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class RowChunks(Sequence[Chunk]):
+class RowChunks(CutWhenAsked):
     """The chunks of some rows, each cut when it is asked for.
 
     Attributes:
@@ -119,14 +137,8 @@ class RowChunks(Sequence[Chunk]):
         full, rest = divmod(self.num_tokens, self.chunk_tokens)
         return full * self.pieces_per_chunk + -(-rest // self.piece_tokens)
 
-    @overload
-    def __getitem__(self, index: int) -> Chunk: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Chunk]: ...
-    def __getitem__(self, index: int | slice) -> Chunk | list[Chunk]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        index = range(len(self))[index]
+    def cut(self, index: int) -> Chunk:
+        """The piece of this number."""
         chunk, piece = divmod(index, self.pieces_per_chunk)
         begin = chunk * self.chunk_tokens + piece * self.piece_tokens
         end = min(begin + self.piece_tokens, (chunk + 1) * self.chunk_tokens, self.num_tokens)

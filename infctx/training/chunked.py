@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infctx.data.chunking import Chunk
+from infctx.data.chunking import Chunk, CutWhenAsked
 from infctx.model.state import ModelState
 from infctx.shapes import Scalar, Starts, Tokens, TokenWeights
 from infctx.training.bptt import ChunkObjective, Window, backward_through_windows, has_dropout
@@ -96,7 +95,7 @@ def chunked_step(
     return ChunkedStep(loss, result.state, result.initial_state_gradient)
 
 
-class _TensorChunks(Sequence[Chunk]):
+class _TensorChunks(CutWhenAsked):
     """The chunks of whole tensors, each cut when it is asked for: copies would cost more than the tokens themselves."""
 
     def __init__(self, tokens: Tensor, loss_weight: Tensor | None, starts: Tensor | None, chunk_tokens: int) -> None:
@@ -114,14 +113,9 @@ class _TensorChunks(Sequence[Chunk]):
     def __len__(self) -> int:
         return -(-self._tokens.shape[1] // self._chunk_tokens)
 
-    @overload
-    def __getitem__(self, index: int) -> Chunk: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Chunk]: ...
-    def __getitem__(self, index: int | slice) -> Chunk | list[Chunk]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        place = self._place(range(len(self))[index])
+    def cut(self, index: int) -> Chunk:
+        """The chunk of this number."""
+        place = self._place(index)
         ahead = self._tokens[:, place.start + 1 : place.stop + 1]
         return Chunk(
             tokens=self._tokens[:, place],
