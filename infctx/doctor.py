@@ -31,6 +31,6 @@ def machine_facts() -> dict[str, dict[str, Any]]:
     fastest = choose_backend(None, device=device, head_size=HEAD_SIZE)
     backends: dict[str, Any] = {}
     for backend in FASTEST_FIRST:
-        refusal = RUNS_ON[backend](device, HEAD_SIZE)
+        refusal = RUNS_ON[backend](device, HEAD_SIZE, torch.float32)
         backends[str(backend)] = refusal or ("usable, chosen by default" if backend is fastest else "usable")
     return {"versions": versions, "devices": devices, f"backends on {device.type}": backends}

@@ -13,35 +13,40 @@ class BackendError(Exception):
 
 
 class Backend(StrEnum):
-    """The implementations of the recurrence. A faster one for a device joins here, in RUNS_ON and in op.RUNNERS."""
+    """The implementations of the recurrence. A new one joins here, in FASTEST_FIRST, in RUNS_ON and in op.RUNNERS."""
 
     TORCH = "torch"
     REFERENCE = "reference"
 
 
-def _runs_anywhere(device: torch.device, head_size: int) -> str | None:
-    return None
-
-
-# For each backend: the reason why it cannot run on this device with this head size, or None.
-RUNS_ON: dict[Backend, Callable[[torch.device, int], str | None]] = {
-    Backend.TORCH: _runs_anywhere,
-    Backend.REFERENCE: _runs_anywhere,
-}
 FASTEST_FIRST = (Backend.TORCH, Backend.REFERENCE)
 
 
-def choose_backend(wanted: str | None, *, device: torch.device, head_size: int) -> Backend:
+def _runs_anywhere(device: torch.device, head_size: int, dtype: torch.dtype) -> str | None:
+    return None
+
+
+# For each backend: the reason why it cannot run on this device with this head size and input dtype, or None.
+RUNS_ON: dict[Backend, Callable[[torch.device, int, torch.dtype], str | None]] = {
+    Backend.TORCH: _runs_anywhere,
+    Backend.REFERENCE: _runs_anywhere,
+}
+
+
+def choose_backend(
+    wanted: str | None, *, device: torch.device, head_size: int, dtype: torch.dtype = torch.float32
+) -> Backend:
     """Pick the fastest backend that can run here, or the wanted one.
 
     Args:
         wanted: a backend's name, or None for the fastest.
         device: where the tensors are.
         head_size: N, the width of one head.
+        dtype: of receptance, key and value.
     Raises:
         BackendError: the wanted backend does not exist or cannot run here; names the reason and the ones that can.
     """
-    refusals = {backend: RUNS_ON[backend](device, head_size) for backend in FASTEST_FIRST}
+    refusals = {backend: RUNS_ON[backend](device, head_size, dtype) for backend in FASTEST_FIRST}
     usable = [backend for backend in FASTEST_FIRST if refusals[backend] is None]
     if wanted is None:
         return usable[0]

@@ -268,3 +268,23 @@ def test_wrong_arguments_say_what_was_expected() -> None:
 def test_the_default_backend_is_the_fastest_that_can_run() -> None:
     assert choose_backend(None, device=torch.device("cpu"), head_size=64) == Backend.TORCH
     assert choose_backend("reference", device=torch.device("cpu"), head_size=64) == Backend.REFERENCE
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [0.5, float("nan")])
+def test_a_log_decay_that_is_none_is_refused(backend: str, bad: float) -> None:
+    receptance, key, value, _, bonus, state, _ = (x.float() for x in make_inputs(5, (0.0, 0.0)))
+    log_decay = torch.full_like(key, -1.0)
+    log_decay[0, 3, 1, 2] = bad
+    with pytest.raises(ValueError, match=f"log_decay: expected values <= 0, got {str(bad).replace('nan', 'NaN')}"):
+        wkv6(receptance, key, value, log_decay, bonus, state, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_raw_decay_of_nan_is_seen_in_the_results(backend: str) -> None:
+    inputs = [x.float() for x in make_inputs(5, (0.0, 1.0))]
+    inputs[3][0, 2, 1, 3] = torch.nan
+    out, state = wkv6_from_raw_decay(*inputs[:6], backend=backend)
+    assert bool(out[0, 3:, 1].isnan().all())
+    assert bool(state[0, 1, 3].isnan().all())
+    assert bool(out[1].isfinite().all())
