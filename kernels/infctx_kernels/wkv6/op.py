@@ -10,6 +10,7 @@ from torch import Tensor
 
 from infctx_kernels.dispatch import Backend, choose_backend
 from infctx_kernels.wkv6.blockwise_torch import wkv6_blockwise
+from infctx_kernels.wkv6.cpp import wkv6_cpp
 from infctx_kernels.wkv6.reference import wkv6_reference
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -46,6 +47,7 @@ def _in_the_states_dtype(recurrence: Callable[..., tuple[Tensor, Tensor]]) -> Ca
 
 # Each takes what `wkv6` takes, checked, and the decay as its logarithm or raw.
 RUNNERS: dict[Backend, Callable[..., tuple[Tensor, Tensor]]] = {
+    Backend.CPP: wkv6_cpp,
     Backend.TORCH: _in_the_states_dtype(wkv6_blockwise),
     Backend.REFERENCE: _in_the_states_dtype(wkv6_reference),
 }
