@@ -38,6 +38,13 @@ app = typer.Typer(
 )
 model_app = typer.Typer(help="Make and inspect models.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(model_app, name="model")
+bench_app = typer.Typer(
+    help="Measure against others, each result proved right first.",
+    epilog="Example: infctx bench kernels --quick",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(bench_app, name="bench")
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
 Overrides = Annotated[
@@ -288,6 +295,65 @@ def model_info(
     if not as_json:
         print("\n".join(f"{key:<15} {_shown(value)}" for key, value in facts.items()))
     _answer(facts, as_json)
+
+
+@bench_app.command("kernels", epilog="Example: infctx bench kernels --threads 1 --output benchmarks/results")
+def bench_kernels(
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one by default.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Length; again for more. 1024 and 4096.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 1,
+    heads: Annotated[int | None, typer.Option(min=1, help="Heads; 12 by default.")] = None,
+    head_size: Annotated[int, typer.Option(min=1, help="Channels of one head.")] = 64,
+    dtype: Annotated[list[str] | None, typer.Option(help="fp32 or bf16; again for more. Both by default.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="One of ours, as infctx doctor lists them; again for more.")
+    ] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="infctx-trainer=PATH of a checkout, or fla (CUDA).")] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compare with torch.compile of our torch backend too; takes minutes.")
+    ] = False,
+    pairs: Annotated[int | None, typer.Option(min=1, help="Pairs of each row; 15 by default.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
+    seconds_per_case: Annotated[
+        float | None, typer.Option(min=0.0, help="Seconds of timing after which a row takes no more pairs.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for kernels_DEVICE.json; none is written without.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="256 tokens, fp32, 2 heads and 3 pairs where nothing else is given.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time the WKV6 backends against each other and against peers, forward and with the backward pass.
+
+    Every side is first compared with float64; a side that is wrong gets no ratio. The tables go to stderr.
+    """
+    from rich.console import Console
+
+    from infctx.bench.kernels import bench_kernels, make_settings
+
+    settings = make_settings(
+        device=device,
+        is_quick=quick,
+        tokens=tokens,
+        rows=rows,
+        heads=heads,
+        head_size=head_size,
+        dtypes=dtype,
+        pairs=pairs,
+        backends=backend,
+        threads=threads,
+        seconds_per_case=seconds_per_case,
+    )
+    # What is no terminal has no width of its own.
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 140, highlight=False)
+    found = bench_kernels(settings, peers=peer or [], with_compiled=compile, output=output, console=console)
+    _answer(found, as_json)
+    if not found["is_complete"]:
+        _leave(EXIT_STOPPED, "Stopped by SIGINT before everything was measured.")
+    if not any(row["pairs"] for row in found["rows"]):
+        _leave(EXIT_BUG, "Nothing could be measured; the lines above say why.")
 
 
 @app.command(epilog="Example: infctx doctor")
