@@ -330,7 +330,7 @@ def _set_up(recipe: Recipe, parts: _Parts) -> tuple[nn.Module, torch.optim.Optim
         decay_lr_multiplier=optimizer_section.decay_lr_multiplier,
     )
     optimizer = make_adamw(groups, lr=optimizer_section.lr, betas=optimizer_section.betas, eps=optimizer_section.eps)
-    return parts.engine.setup(ChunkObjective(model), optimizer)
+    return parts.engine.setup(ChunkObjective(model, l2_wrap=optimizer_section.l2_wrap), optimizer)
 
 
 def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:

@@ -6,31 +6,36 @@ Source: Eagle and Finch paper, channel mixing.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infctx.model.config import FinchConfig
-from infctx.model.token_shift import lerp, token_shift
+from infctx.model.linear import Linear
 from infctx.shapes import Activations, LayerShift, Starts
+from infctx_kernels import shifted_mix_unbound, sigmoid_gate, squared_relu
 
 
 class ChannelMix(nn.Module):
-    """What Finch and Eagle share; `_mix` differs."""
+    """What Finch and Eagle share; `_weights` differs."""
 
     def __init__(self, config: FinchConfig) -> None:
         super().__init__()
-        self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
-        self.receptance = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
+        self.key = Linear(config.n_embd, config.dim_ffn)
+        self.receptance = Linear(config.n_embd, config.n_embd)
+        self.value = Linear(config.dim_ffn, config.n_embd)
+        self.surrounding_backend: str | None = None
 
     def forward(self, hidden: Activations, shift: LayerShift, starts: Starts | None) -> tuple[Activations, LayerShift]:
         """Mix over channels; hidden is the block's normalised input. Returns the output and the new shift state."""
-        previous, new_shift = token_shift(hidden, shift, starts)
-        key_input, receptance_input = self._mix(hidden, previous)
-        value = self.value(F.relu(self.key(key_input)).square())
-        return torch.sigmoid(self.receptance(receptance_input)) * value, new_shift
+        backend = self.surrounding_backend
+        key_input, receptance_input = shifted_mix_unbound(
+            hidden, shift, self._weights(), starts=starts, backend=backend
+        )
+        value = self.value(squared_relu(self.key(key_input), backend=backend))
+        output = sigmoid_gate(self.receptance(receptance_input), value, backend=backend)
+        return output, hidden[:, -1].to(shift.dtype)
 
-    def _mix(self, hidden: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+    def _weights(self) -> Tensor:
+        """How far the inputs of key and receptance move towards the token before, [2, C]."""
         raise AssertionError("FinchChannelMix or EagleChannelMix")
 
 
@@ -42,9 +47,8 @@ class FinchChannelMix(ChannelMix):
         self.lerp_key = nn.Parameter(torch.empty(config.n_embd))
         self.lerp_receptance = nn.Parameter(torch.empty(config.n_embd))
 
-    def _mix(self, hidden: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
-        difference = previous - hidden
-        return lerp(hidden, difference, self.lerp_key), lerp(hidden, difference, self.lerp_receptance)
+    def _weights(self) -> Tensor:
+        return torch.stack([self.lerp_key, self.lerp_receptance])
 
 
 class EagleChannelMix(ChannelMix):
@@ -55,6 +59,5 @@ class EagleChannelMix(ChannelMix):
         self.mix_key = nn.Parameter(torch.empty(config.n_embd))
         self.mix_receptance = nn.Parameter(torch.empty(config.n_embd))
 
-    def _mix(self, hidden: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
-        difference = hidden - previous
-        return lerp(previous, difference, self.mix_key), lerp(previous, difference, self.mix_receptance)
+    def _weights(self) -> Tensor:
+        return 1.0 - torch.stack([self.mix_key, self.mix_receptance])

@@ -11,8 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from infctx.model.catalog import BLOCK_PARTS
 from infctx.model.config import FinchConfig
+from infctx.model.linear import Linear
 from infctx.model.state import ModelState, state_dtype
 from infctx.shapes import Activations, LayerShift, LayerWkv, Logits, Starts, Tokens
+from infctx_kernels import Backend
+
+# Backends in torch operations alone.
+PORTABLE = (Backend.TORCH, Backend.REFERENCE)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -63,10 +68,12 @@ class Finch(nn.Module):
         self.input_norm = LayerNorm(config.n_embd, eps=config.layer_norm_eps)
         self.blocks = nn.ModuleList(Block(config, has_initial_state=has_initial_state) for _ in range(config.n_layer))
         self.output_norm = LayerNorm(config.n_embd, eps=config.layer_norm_eps)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Linear(config.n_embd, config.vocab_size)
         # The dtype of the activations where it is not that of the weights: bf16 training keeps some weights float32.
         self.compute_dtype: torch.dtype | None = None
         self.recomputes_layers = False
+        # Of the operators around the recurrence, the loss among them; None = the fastest.
+        self.surrounding_backend: str | None = None
 
     def forward(
         self, tokens: Tokens, state: ModelState | None = None, *, starts: Starts | None = None
@@ -130,9 +137,15 @@ class Finch(nn.Module):
         self.recomputes_layers = wanted
 
     def use_backend(self, name: str | None) -> None:
-        """Run the recurrence on this WKV6 backend; None = the fastest that can run where the tensors are."""
+        """Run the recurrence on this WKV6 backend; None = the fastest that can run where the tensors are.
+
+        The operators around it follow: with a portable backend they are plain torch too.
+        """
+        self.surrounding_backend = name if name in PORTABLE else None
         for block in self.blocks:
             block.time_mix.backend = name
+            block.time_mix.surrounding_backend = self.surrounding_backend
+            block.channel_mix.surrounding_backend = self.surrounding_backend
 
     def _embed(self, tokens: Tokens) -> Activations:
         return self.input_norm(self.embedding(tokens).to(self._activation_dtype()))

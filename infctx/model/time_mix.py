@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infctx.model.config import FinchConfig
-from infctx.model.token_shift import lerp, token_shift
+from infctx.model.linear import Linear
 from infctx.shapes import Activations, LayerShift, LayerWkv, Starts
-from infctx_kernels import wkv6_from_raw_decay
+from infctx_kernels import group_norm_gate, shifted_mix_unbound, wkv6_from_raw_decay
+from infctx_kernels.linear import linear
 
 
 class MixedInputs(NamedTuple):
@@ -35,23 +35,23 @@ class TimeMix(nn.Module):
         super().__init__()
         channels, width = config.n_embd, config.dim_att
         self.n_head, self.head_size = config.n_head, config.head_size
-        self.receptance = nn.Linear(channels, width, bias=False)
-        self.key = nn.Linear(channels, width, bias=False)
-        self.value = nn.Linear(channels, width, bias=False)
-        self.gate = nn.Linear(channels, width, bias=False)
-        self.output = nn.Linear(width, channels, bias=False)
+        self.receptance = Linear(channels, width)
+        self.key = Linear(channels, width)
+        self.value = Linear(channels, width)
+        self.gate = Linear(channels, width)
+        self.output = Linear(width, channels)
         self.group_norm = nn.GroupNorm(config.n_head, width, eps=config.group_norm_eps)
         self.bonus = nn.Parameter(torch.empty(config.n_head, config.head_size))
         initial_shape = (config.n_head, config.head_size, config.head_size)
         self.initial_state = nn.Parameter(torch.zeros(initial_shape)) if has_initial_state else None
         self.backend: str | None = None
+        self.surrounding_backend: str | None = None
 
     def forward(
         self, hidden: Activations, shift: LayerShift, wkv: LayerWkv, starts: Starts | None
     ) -> tuple[Activations, LayerShift, LayerWkv]:
         """Mix over time; hidden is the block's normalised input. Returns the output and the two new states."""
-        previous, new_shift = token_shift(hidden, shift, starts)
-        mixed = self._mix(hidden, previous, work=wkv.dtype)
+        mixed = self._mix(hidden, shift, starts, work=wkv.dtype)
         rows, num_tokens, _ = hidden.shape
         by_head = (rows, num_tokens, self.n_head, self.head_size)
         output, new_wkv = wkv6_from_raw_decay(
@@ -65,18 +65,14 @@ class TimeMix(nn.Module):
             start_state=self.initial_state,
             backend=self.backend,
         )
-        gate = F.silu(self.gate(mixed.gate))
-        return self.output(self._normalise(output, work=wkv.dtype).to(gate.dtype) * gate), new_shift, new_wkv
-
-    def _mix(self, hidden: Tensor, previous: Tensor, *, work: torch.dtype) -> MixedInputs:
-        raise AssertionError("FinchTimeMix or EagleTimeMix")
-
-    def _normalise(self, output: Tensor, *, work: torch.dtype) -> Tensor:
-        """Group norm per token and head; its statistics need float32 whatever the compute dtype."""
         norm = self.group_norm
-        flat = output.reshape(-1, self.n_head * self.head_size).to(work)
-        normed = F.group_norm(flat, self.n_head, norm.weight.to(work), norm.bias.to(work), norm.eps)
-        return normed.view(*output.shape[:2], -1)
+        gated = group_norm_gate(
+            output, self.gate(mixed.gate), norm.weight, norm.bias, eps=norm.eps, backend=self.surrounding_backend
+        )
+        return self.output(gated), hidden[:, -1].to(shift.dtype), new_wkv
+
+    def _mix(self, hidden: Tensor, shift: Tensor, starts: Tensor | None, *, work: torch.dtype) -> MixedInputs:
+        raise AssertionError("FinchTimeMix or EagleTimeMix")
 
 
 class FinchTimeMix(TimeMix):
@@ -100,17 +96,18 @@ class FinchTimeMix(TimeMix):
         self.decay_down = nn.Parameter(torch.empty(channels, config.decay_rank))
         self.decay_up = nn.Parameter(torch.empty(config.decay_rank, width))
 
-    def _mix(self, hidden: Tensor, previous: Tensor, *, work: torch.dtype) -> MixedInputs:
+    def _mix(self, hidden: Tensor, shift: Tensor, starts: Tensor | None, *, work: torch.dtype) -> MixedInputs:
         rows, num_tokens, channels = hidden.shape
-        difference = previous - hidden
-        low = torch.tanh(lerp(hidden, difference, self.lerp_input) @ self.lerp_down.to(hidden.dtype))
+        backend = self.surrounding_backend
+        (first,) = shifted_mix_unbound(hidden, shift, self.lerp_input[None], starts=starts, backend=backend)
+        low = torch.tanh(linear(first, self.lerp_down.t().to(hidden.dtype)))
         low = low.view(rows * num_tokens, 5, -1).transpose(0, 1)  # [5, B·T, D]
         dynamic = torch.bmm(low, self.lerp_up.to(low.dtype)).view(5, rows, num_tokens, channels)
-        static = torch.stack([getattr(self, f"lerp_{name}") for name in self.MIX_ORDER]).to(hidden.dtype)
-        mixed = hidden + difference * (static[:, None, None] + dynamic)  # [5, B, T, C]
-        inputs = dict(zip(self.MIX_ORDER, mixed.unbind(0), strict=True))
+        static = torch.stack([getattr(self, f"lerp_{name}") for name in self.MIX_ORDER])
+        mixed = shifted_mix_unbound(hidden, shift, static, dynamic=dynamic, starts=starts, backend=backend)
+        inputs = dict(zip(self.MIX_ORDER, mixed, strict=True))
         x = inputs.pop("decay")
-        low_decay = torch.tanh(x @ self.decay_down.to(x.dtype)) @ self.decay_up.to(x.dtype)
+        low_decay = linear(torch.tanh(linear(x, self.decay_down.t().to(x.dtype))), self.decay_up.t().to(x.dtype))
         return MixedInputs(**inputs, raw_decay=self.decay_base.to(work) + low_decay.to(work))
 
 
@@ -126,9 +123,9 @@ class EagleTimeMix(TimeMix):
         self.mix_gate = nn.Parameter(torch.empty(channels))
         self.decay_base = nn.Parameter(torch.empty(config.n_head, config.head_size))
 
-    def _mix(self, hidden: Tensor, previous: Tensor, *, work: torch.dtype) -> MixedInputs:
-        mixed = {
-            name: lerp(previous, hidden - previous, getattr(self, f"mix_{name}"))
-            for name in ("receptance", "key", "value", "gate")
-        }
-        return MixedInputs(**mixed, raw_decay=self.decay_base.to(work).reshape(-1))
+    def _mix(self, hidden: Tensor, shift: Tensor, starts: Tensor | None, *, work: torch.dtype) -> MixedInputs:
+        names = ("receptance", "key", "value", "gate")
+        # Eagle's weights are those of the token itself.
+        static = 1.0 - torch.stack([getattr(self, f"mix_{name}") for name in names])
+        mixed = shifted_mix_unbound(hidden, shift, static, starts=starts, backend=self.surrounding_backend)
+        return MixedInputs(**dict(zip(names, mixed, strict=True)), raw_decay=self.decay_base.to(work).reshape(-1))

@@ -181,6 +181,11 @@ class OptimizerSection(Section):
     eps: Annotated[Number, Field(gt=0)] = Field(
         default=1e-8, description="Adam's term in the denominator, in units of the gradient."
     )
+    l2_wrap: Annotated[Number, Field(ge=0)] = Field(
+        default=0.0,
+        description="Weight of half the square of each token's largest logit in the training loss, so that the logits "
+        "do not drift; the official trainers use 1e-4, in full fine-tuning.",
+    )
     decay_lr_multiplier: Annotated[Number, Field(gt=0)] = Field(
         default=2.0, description="Learning rate of the decay base vectors, as a multiple of lr."
     )

@@ -37,10 +37,11 @@ class ChunkObjective(nn.Module):
     The state travels as three tensors, so that nothing on the way can mistake it for activations and round it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, l2_wrap: float = 0.0) -> None:
         super().__init__()
         self.model = model
         self._has_dropout = has_dropout(model)
+        self._l2_wrap = l2_wrap
 
     def forward(
         self,
@@ -62,8 +63,17 @@ class ChunkObjective(nn.Module):
         hidden, state = self.model.forward_hidden(tokens, state, starts=starts)
         if not with_loss:
             return wkv.new_zeros(()), *state
-        vocab_size = self.model.config.vocab_size
-        return weighted_loss_sum(hidden, self.model.head, targets, loss_weight, vocab_size=vocab_size), *state
+        loss = weighted_loss_sum(
+            hidden,
+            self.model.head,
+            targets,
+            loss_weight,
+            vocab_size=self.model.config.vocab_size,
+            # A term that shapes the training, and no part of what a validation measures.
+            l2_wrap=self._l2_wrap if self.model.training else 0.0,
+            backend=self.model.surrounding_backend,
+        )
+        return loss, *state
 
 
 class ChunkedResult(NamedTuple):

@@ -7,38 +7,63 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from infctx.model.linear import Linear
 from infctx.shapes import Activations, Scalar, Targets, TokenWeights
+from infctx_kernels import linear_cross_entropy
 
 # Logits alive at once: 2**24 float32 values are 64 MB, 256 tokens of a World vocabulary.
 LOGITS_AT_ONCE = 2**24
 
 
 def weighted_loss_sum(
-    hidden: Activations, head: nn.Module, targets: Targets, loss_weight: TokenWeights, *, vocab_size: int
+    hidden: Activations,
+    head: nn.Module,
+    targets: Targets,
+    loss_weight: TokenWeights,
+    *,
+    vocab_size: int,
+    l2_wrap: float = 0.0,
+    backend: str | None = None,
 ) -> Scalar:
-    """Sum over tokens of loss_weight · cross entropy, in float32 (float64 for float64 activations).
+    """Sum over tokens of loss_weight · (cross entropy + l2_wrap / 2 · largest logit²), float32 (or float64).
 
     Args:
         hidden: what the head is applied to.
-        head: [.., C] -> [.., V]. Called in pieces, each recomputed in the backward pass; called as a module, because
-            engines that shard parameters gather them there.
+        head: [.., C] -> [.., V]. A plain matrix is fused with the loss; anything else (an adapter, parameters that an
+            engine gathers when the module is called) is called as a module, in pieces, each recomputed in the backward
+            pass.
         targets: the id each token should predict; any id where the weight is 0.
         loss_weight: weight of the target.
+        l2_wrap: weight of the penalty on the largest logit.
+        backend: of the fused loss; None = the fastest.
     Returns:
         A sum, never a mean: it is divided once, by the weights of the whole step.
     """
     flat_hidden, flat_targets = hidden.flatten(0, 1), targets.flatten()
     flat_weight = loss_weight.flatten()
+    if is_plain_matrix(head):
+        return linear_cross_entropy(
+            flat_hidden, head.weight, flat_targets, flat_weight, l2_wrap=l2_wrap, backend=backend
+        )
     piece = max(1, LOGITS_AT_ONCE // vocab_size)
     if flat_hidden.shape[0] <= piece:
-        return _piece_loss(head, flat_hidden, flat_targets, flat_weight)
+        return _piece_loss(head, flat_hidden, flat_targets, flat_weight, l2_wrap)
     pieces = zip(flat_hidden.split(piece), flat_targets.split(piece), flat_weight.split(piece), strict=True)
-    losses = [checkpoint(_piece_loss, head, *part, use_reentrant=False) for part in pieces]
+    losses = [checkpoint(_piece_loss, head, *part, l2_wrap, use_reentrant=False) for part in pieces]
     return torch.stack(losses).sum()
 
 
-def _piece_loss(head: nn.Module, hidden: Tensor, targets: Tensor, loss_weight: Tensor) -> Tensor:
+def is_plain_matrix(module: nn.Module) -> bool:
+    """Whether calling the module is multiplying by its weight, and nothing else happens on the way."""
+    if type(module) not in (Linear, nn.Linear) or module.bias is not None or type(module.weight) is not nn.Parameter:
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def _piece_loss(head: nn.Module, hidden: Tensor, targets: Tensor, loss_weight: Tensor, l2_wrap: float) -> Tensor:
     logits = head(hidden)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     losses = F.cross_entropy(logits, targets, reduction="none")
+    if l2_wrap != 0.0:
+        losses = losses + 0.5 * l2_wrap * logits.max(dim=-1).values.square()
     return (losses * loss_weight.to(losses.dtype)).sum()

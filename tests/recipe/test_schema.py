@@ -68,6 +68,7 @@ def test_defaults() -> None:
         "weight_decay": 0.0,
         "betas": (0.9, 0.99),
         "eps": 1e-8,
+        "l2_wrap": 0.0,
         "decay_lr_multiplier": 2.0,
     }
     assert recipe.kernel.backend == "auto"
