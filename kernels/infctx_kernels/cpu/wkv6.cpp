@@ -147,15 +147,16 @@ void read_decays(const Shape& s, const void* from, int64_t row, int64_t head, co
     for (int64_t j = 0; j < length; ++j) {
         float* log_decay = d.log_decay + j * padded;
         read(from, s.decay_dtype, s.at(row, order.token(j), head), s.size, log_decay, s.decay_is_raw ? -100.0f : 0.0f);
-        for (int64_t i = 0; i < padded; i += LANES) {
-            Vec x = load(log_decay + i);
-            if (s.decay_is_raw) {
-                x = -exp_of(select(x > splat(LARGEST_RAW_DECAY), splat(LARGEST_RAW_DECAY), x));
-                store(log_decay + i, x);
-            }
-            store(d.decay + j * padded + i, exp_of(x));
+    }
+    if (s.decay_is_raw) {
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < length * padded; i += LANES) {
+            const Vec x = load(d.log_decay + i);
+            store(d.log_decay + i, -exp_of(select(x > splat(LARGEST_RAW_DECAY), splat(LARGEST_RAW_DECAY), x)));
         }
     }
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < length * padded; i += LANES) store(d.decay + i, exp_of(load(d.log_decay + i)));
     IntVec any_small = {};
     for (int64_t i = 0; i < padded; i += LANES) {
         Vec product = splat(1.0f);
@@ -182,15 +183,15 @@ void read_decays(const Shape& s, const void* from, int64_t row, int64_t head, co
 }
 
 // x times the decays before each row: for what is read from the matrix.
-void scale_read(const Decays& d, int64_t length, int64_t padded, float* x) {
-    for (int64_t i = 0; i < length * padded; i += LANES) store(x + i, load(x + i) * load(d.before + i));
+void scale_read(const Decays& d, int64_t length, int64_t padded, const float* x, float* scaled) {
+    for (int64_t i = 0; i < length * padded; i += LANES) store(scaled + i, load(x + i) * load(d.before + i));
 }
 
 // x divided by the decays up to and with each row: for what is added to the matrix.
-void scale_added(const Decays& d, int64_t length, int64_t padded, float* x) {
+void scale_added(const Decays& d, int64_t length, int64_t padded, const float* x, float* scaled) {
     if (!d.any_in_loop) {
         for (int64_t i = 0; i < length * padded; i += LANES) {
-            store(x + i, load(x + i) / (load(d.before + i) * load(d.decay + i)));
+            store(scaled + i, load(x + i) / (load(d.before + i) * load(d.decay + i)));
         }
         return;
     }
@@ -199,7 +200,7 @@ void scale_added(const Decays& d, int64_t length, int64_t padded, float* x) {
             const int64_t at = j * padded + i;
             // The decay that is left to divide by: 1 where it is in the loop, and there it may be 0 / 0.
             const IntVec looped = load(d.in_loop + at) != splat(1.0f);
-            store(x + at, load(x + at) / select(looped, splat(1.0f), load(d.before + at) * load(d.decay + at)));
+            store(scaled + at, load(x + at) / select(looped, splat(1.0f), load(d.before + at) * load(d.decay + at)));
         }
     }
 }
@@ -374,8 +375,8 @@ struct Forward {
                 }
             }
             read_decays(s, decay, row, head, order, d);
-            scale_read(d, part.length, padded, r);
-            scale_added(d, part.length, padded, k);
+            scale_read(d, part.length, padded, r, r);
+            scale_added(d, part.length, padded, k, k);
             sweep<DecayOf::ROWS>(part.length, padded, first, last, r, k, v, d, ahead, matrix, y);
             for (int64_t j = 0; j < part.length; ++j) {
                 write(y + j * padded + first, output, s.dtype, s.at(row, part.begin + j, head) + first, real);
@@ -401,13 +402,14 @@ struct Backward {
 
     // Buffers of one task. S and Z are [padded, padded]; blocks' rows [block, padded].
     struct Work {
-        float *r, *k, *v, *g, *plain_r, *plain_k, *y, *y2, *row;
+        float *r, *k, *v, *g, *scaled_r, *scaled_k, *y, *y2;
         float *u, *du, *q;
         float *matrix;          // S transposed in the first pass, Z in the second
         float *transposed;      // Z transposed
         float *start_total;     // what has reached start_state
         float *kept;            // S transposed, columns [first, last), every few blocks
         float *read_gradients;  // r_t (S G_t), [tokens, last - first]
+        float *own_gradients;   // (v·G)_t, [tokens]
         Decays d;
     };
 
@@ -418,16 +420,17 @@ struct Backward {
         const int64_t num_blocks = (int64_t)blocks.size();
         const int64_t num_kept = (num_blocks + BLOCKS_BETWEEN_STATES - 1) / BLOCKS_BETWEEN_STATES;
         const int64_t width = last - first, real = std::min(last, s.size) - first;
-        Buffers memory(num_kept * padded * width + s.tokens * width + 3 * square + 8 * block + 4 * padded +
+        Buffers memory(num_kept * padded * width + s.tokens * (width + 1) + 3 * square + 8 * block + 3 * padded +
                        ROWS_OF_DECAYS * padded);
         if (!memory.ok()) return false;
         Work w;
-        for (float** rows : {&w.r, &w.k, &w.v, &w.g, &w.plain_r, &w.plain_k, &w.y, &w.y2}) *rows = memory.take(block);
-        for (float** one : {&w.row, &w.u, &w.du, &w.q}) *one = memory.take(padded);
+        for (float** rows : {&w.r, &w.k, &w.v, &w.g, &w.scaled_r, &w.scaled_k, &w.y, &w.y2}) *rows = memory.take(block);
+        for (float** one : {&w.u, &w.du, &w.q}) *one = memory.take(padded);
         for (float** whole : {&w.matrix, &w.transposed, &w.start_total}) *whole = memory.take(square);
         w.d = memory.take_decays(padded);
         w.kept = memory.take(num_kept * padded * width);
         w.read_gradients = memory.take(s.tokens * width);
+        w.own_gradients = memory.take(s.tokens);
         read_row(bonus + head * s.size, s.size, w.u);
 
         const auto place_of_state = [&](int64_t n) {
@@ -480,20 +483,20 @@ struct Backward {
         }
         read_rows(s, receptance, row, head, order, w.r);
         read_rows(s, key, row, head, order, w.k);
-        std::memcpy(w.plain_k, w.k, part.length * padded * sizeof(float));
         read_rows(s, value, row, head, order, w.v);
         read_rows(s, output_gradient, row, head, order, w.g);
         read_decays(s, decay, row, head, order, w.d);
-        scale_added(w.d, part.length, padded, w.k);
+        scale_added(w.d, part.length, padded, w.k, w.scaled_k);
         clear(w.y, part.length * padded);
-        sweep<DecayOf::COLUMNS>(part.length, padded, first, last, w.g, w.v, w.k, w.d, ahead, w.matrix, w.y);
+        sweep<DecayOf::COLUMNS>(part.length, padded, first, last, w.g, w.v, w.scaled_k, w.d, ahead, w.matrix, w.y);
         for (int64_t j = 0; j < part.length; ++j) {
             const int64_t at = j * padded, t = part.begin + j;
-            const Vec read = splat(dot(w.v + at, w.g + at, padded));
+            w.own_gradients[t] = dot(w.v + at, w.g + at, padded);
+            const Vec own_gradient = splat(w.own_gradients[t]);
             for (int64_t i = first; i < last; i += LANES) {
                 const Vec inter = load(w.y + at + i) * load(w.d.before + at + i);
                 store(w.read_gradients + t * width + i - first, load(w.r + at + i) * inter);
-                store(w.y + at + i, inter + load(w.u + i) * load(w.plain_k + at + i) * read);
+                store(w.y + at + i, inter + load(w.u + i) * load(w.k + at + i) * own_gradient);
             }
             write(w.y + at + first, receptance_gradient, s.dtype, s.at(row, t, head) + first, real);
         }
@@ -519,38 +522,37 @@ struct Backward {
         }
         read_rows(s, receptance, row, head, order, w.r);
         read_rows(s, key, row, head, order, w.k);
-        std::memcpy(w.plain_r, w.r, part.length * padded * sizeof(float));
-        std::memcpy(w.plain_k, w.k, part.length * padded * sizeof(float));
         read_rows(s, value, row, head, order, w.v);
         read_rows(s, output_gradient, row, head, order, w.g);
         read_decays(s, decay, row, head, order, w.d);
         for (int64_t j = 0; j < part.length; ++j) {
             const int64_t at = j * padded;
-            const Vec bonus_read = splat(dot3(w.plain_r + at, w.plain_k + at, w.u, padded));
+            const Vec bonus_read = splat(dot3(w.r + at, w.k + at, w.u, padded));
             for (int64_t i = first; i < last; i += LANES) store(w.y + at + i, bonus_read * load(w.g + at + i));
         }
         clear(w.y2, part.length * padded);
-        scale_read(w.d, part.length, padded, w.k);
-        scale_added(w.d, part.length, padded, w.r);
-        sweep<DecayOf::ROWS>(part.length, padded, first, last, w.k, w.r, w.g, w.d, ahead, w.matrix, w.y);
-        sweep<DecayOf::COLUMNS>(part.length, padded, first, last, w.v, w.g, w.r, w.d, Ahead{}, w.transposed, w.y2);
+        scale_read(w.d, part.length, padded, w.k, w.scaled_k);
+        scale_added(w.d, part.length, padded, w.r, w.scaled_r);
+        sweep<DecayOf::ROWS>(part.length, padded, first, last, w.scaled_k, w.scaled_r, w.g, w.d, ahead, w.matrix, w.y);
+        sweep<DecayOf::COLUMNS>(part.length, padded, first, last, w.v, w.g, w.scaled_r, w.d, Ahead{}, w.transposed, w.y2);
         for (int64_t j = 0; j < part.length; ++j) {
             const int64_t at = j * padded, t = order.token(j), to = s.at(row, t, head) + first;
-            const Vec read = splat(dot(w.v + at, w.g + at, padded));
+            const Vec own_gradient = splat(w.own_gradients[t]);
             for (int64_t i = first; i < last; i += LANES) {
                 const Vec inter = load(w.y2 + at + i) * load(w.d.before + at + i);
-                const Vec r = load(w.plain_r + at + i), k = load(w.plain_k + at + i);
+                const Vec r = load(w.r + at + i), k = load(w.k + at + i);
                 const Vec log_decay = load(w.d.log_decay + at + i);
                 Vec gradient = load(w.q + i) - k * inter;
                 store(w.q + i, gradient + load(w.read_gradients + t * width + i - first));
                 gradient = select(log_decay < splat(FORGOTTEN_LOG_DECAY), Vec{}, gradient);
-                store(w.row + i, s.decay_is_raw ? gradient * log_decay : gradient);
-                store(w.y2 + at + i, inter + load(w.u + i) * r * read);
-                store(w.du + i, load(w.du + i) + r * k * read);
+                // In the place of the log decay, which is not needed any more.
+                store(w.d.log_decay + at + i, s.decay_is_raw ? gradient * log_decay : gradient);
+                store(w.y2 + at + i, inter + load(w.u + i) * r * own_gradient);
+                store(w.du + i, load(w.du + i) + r * k * own_gradient);
             }
             write(w.y2 + at + first, key_gradient, s.dtype, to, real);
             write(w.y + at + first, value_gradient, s.dtype, to, real);
-            write(w.row + first, decay_gradient, s.decay_dtype, to, real);
+            write(w.d.log_decay + at + first, decay_gradient, s.decay_dtype, to, real);
         }
         if (!part.starts_document) return;
         if (start_state_gradient) {
