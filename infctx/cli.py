@@ -310,8 +310,13 @@ def bench_kernels(
     ] = None,
     peer: Annotated[list[str] | None, typer.Option(help="infctx-trainer=PATH of a checkout, or fla (CUDA).")] = None,
     compile: Annotated[
-        bool, typer.Option("--compile", help="Compare with torch.compile of our torch backend too; takes minutes.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compare with torch.compile of our torch backend, which takes minutes. By default where no peer is at "
+            "hand, except with --quick.",
+        ),
+    ] = None,
     pairs: Annotated[int | None, typer.Option(min=1, help="Pairs of each row; 15 by default.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     seconds_per_case: Annotated[
@@ -348,7 +353,13 @@ def bench_kernels(
     )
     # What is no terminal has no width of its own.
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 140, highlight=False)
-    found = bench_kernels(settings, peers=peer or [], with_compiled=compile, output=output, console=console)
+    found = bench_kernels(
+        settings,
+        peers=peer or [],
+        with_compiled=False if compile is None and quick else compile,
+        output=output,
+        console=console,
+    )
     _answer(found, as_json)
     if not found["is_complete"]:
         _leave(EXIT_STOPPED, "Stopped by SIGINT before everything was measured.")

@@ -55,13 +55,13 @@ def make_settings(*, device: str | None, is_quick: bool, **given: Any) -> Settin
 
 
 def bench_kernels(
-    settings: Settings, *, peers: list[str], with_compiled: bool, output: Path | None, console: Console
+    settings: Settings, *, peers: list[str], with_compiled: bool | None, output: Path | None, console: Console
 ) -> dict[str, Any]:
     """Measure, print what comes out, and return it for JSON. An interrupt ends the measuring, not the report.
 
     Args:
         peers: NAME=PATH or NAME.
-        with_compiled: compare with torch.compile of our torch backend too.
+        with_compiled: compare with torch.compile of our torch backend too; None = if no peer is at hand.
         output: a folder for kernels_DEVICE.json, which is kernels_DEVICE.partial.json until all is measured.
     Raises:
         InfctxError: a peer that does not exist, or is not where it should be.
@@ -72,7 +72,9 @@ def bench_kernels(
     for name, peer in found.items():
         if peer.absence is not None:
             console.print(f"Without the peer {name}: {peer.absence}.", markup=False, soft_wrap=True)
-    others = [*([compiled_side()] if with_compiled else []), *(side for peer in found.values() for side in peer.sides)]
+    others = [side for peer in found.values() for side in peer.sides]
+    if with_compiled or (with_compiled is None and not others):
+        others.insert(0, compiled_side())
     with _threads(settings.threads):
         record = _Record(settings, found, output)
         try:
