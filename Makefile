@@ -84,6 +84,8 @@ check: $(VENV)/.test
 	$(BIN)/python -m codespell_lib
 
 test: check
+	@command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+		{ echo "The C++ kernels cannot be tested without a compiler. Try: sudo apt-get install g++" >&2; exit 1; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import logging
 from collections.abc import Callable
 from enum import StrEnum
@@ -20,12 +21,55 @@ class BackendError(Exception):
 class Backend(StrEnum):
     """The implementations of the recurrence. A new one joins here, in FASTEST_FIRST, in RUNS_ON and in op.RUNNERS."""
 
+    TRITON = "triton"
     CPP = "cpp"
     TORCH = "torch"
     REFERENCE = "reference"
 
 
-FASTEST_FIRST = (Backend.CPP, Backend.TORCH, Backend.REFERENCE)
+FASTEST_FIRST = (Backend.TRITON, Backend.CPP, Backend.TORCH, Backend.REFERENCE)
+
+
+# Those that Triton's kernels are made for.
+TRITON_HEAD_SIZES = (16, 32, 64, 128)
+SMALLEST_COMPUTE_CAPABILITY = (8, 0)
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """The reason why Triton cannot run on a device, or None. On a CPU its interpreter can, when it is on; for tests."""
+    if not _has_triton():
+        return "triton is not installed (pip install triton)"
+    if device.type == "cuda":
+        found = torch.cuda.get_device_capability(device)
+        needed = SMALLEST_COMPUTE_CAPABILITY
+        return None if found >= needed else f"it needs compute capability {needed}, the device has {found}"
+    if device.type == "cpu" and _triton_interprets():
+        return None
+    return "it needs a CUDA device"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    try:
+        importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _triton_interprets() -> bool:
+    # Importing Triton takes up to seconds: only where somebody asks for it.
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def _why_not_triton(device: torch.device, head_size: int, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return "it computes in float32, the inputs are float64"
+    if head_size not in TRITON_HEAD_SIZES:
+        return f"it takes heads of {', '.join(map(str, TRITON_HEAD_SIZES))} channels, these have {head_size}"
+    return why_not_triton(device)
 
 
 def _runs_anywhere(device: torch.device, head_size: int, dtype: torch.dtype) -> str | None:
@@ -34,6 +78,7 @@ def _runs_anywhere(device: torch.device, head_size: int, dtype: torch.dtype) -> 
 
 # For each backend: the reason why it cannot run on this device with this head size and input dtype, or None.
 RUNS_ON: dict[Backend, Callable[[torch.device, int, torch.dtype], str | None]] = {
+    Backend.TRITON: _why_not_triton,
     Backend.CPP: cpp.why_not,
     Backend.TORCH: _runs_anywhere,
     Backend.REFERENCE: _runs_anywhere,
@@ -58,13 +103,15 @@ def choose_backend(
     Raises:
         BackendError: the wanted backend does not exist or cannot run here; names the reason and the ones that can.
     """
-    refusals = {backend: RUNS_ON[backend](device, head_size, dtype) for backend in FASTEST_FIRST}
-    usable = [backend for backend in FASTEST_FIRST if refusals[backend] is None]
     if wanted is None:
-        if device.type == "cpu" and usable[0] is not Backend.CPP and (reason := library.why_not()) is not None:
+        # Triton's interpreter is slow, and has to be asked for.
+        candidates = [backend for backend in FASTEST_FIRST if backend is not Backend.TRITON or device.type == "cuda"]
+        chosen = next(backend for backend in candidates if RUNS_ON[backend](device, head_size, dtype) is None)
+        if device.type == "cpu" and chosen is not Backend.CPP and (reason := library.why_not()) is not None:
             _say_once(reason)
-        return usable[0]
-    names = ", ".join(usable)
+        return chosen
+    refusals = {backend: RUNS_ON[backend](device, head_size, dtype) for backend in FASTEST_FIRST}
+    names = ", ".join(backend for backend in FASTEST_FIRST if refusals[backend] is None)
     if wanted not in set(Backend):
         raise BackendError(f"backend {wanted!r} does not exist. Usable on {device}: {names}.")
     backend = Backend(wanted)

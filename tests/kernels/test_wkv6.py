@@ -8,7 +8,8 @@ from torch import Tensor
 
 from infctx_kernels import Backend, BackendError, choose_backend, wkv6, wkv6_from_raw_decay
 
-BACKENDS = [str(backend) for backend in Backend]
+# Triton has tests of its own: its interpreter is slow, and wants heads of 16 and more.
+BACKENDS = [str(backend) for backend in Backend if backend is not Backend.TRITON]
 # A backend that computes in float32 whatever it is given, and how far from float64 it may be.
 IN_FLOAT32 = {"cpp": 1e-5}
 FLOAT64_BACKENDS = [name for name in BACKENDS if name not in IN_FLOAT32]
@@ -277,7 +278,7 @@ def test_wrong_arguments_say_what_was_expected() -> None:
         wkv6(**good, state=state, starts=torch.zeros(2, 5, dtype=torch.int64))
     with pytest.raises(ValueError, match="start_state: expected shape"):
         wkv6(**good, state=state, start_state=start[:1])
-    with pytest.raises(BackendError, match=r"'warp' does not exist. Usable on cpu: cpp, torch, reference"):
+    with pytest.raises(BackendError, match=r"'warp' does not exist. Usable on cpu: (triton, )?cpp, torch, reference"):
         wkv6(**good, state=state, backend="warp")
 
 
@@ -306,3 +307,22 @@ def test_a_raw_decay_of_nan_is_seen_in_the_results(backend: str) -> None:
     assert bool(out[0, 3:, 1].isnan().all())
     assert bool(state[0, 1, 3].isnan().all())
     assert bool(out[1].isfinite().all())
+
+
+def test_triton_is_there_for_whoever_asks() -> None:
+    # Interpreted where there is no GPU, as tests/kernels/conftest.py has it.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = [x.float().to(device) for x in make_inputs(20, (-6.0, 1.0), size=16)[:6]]
+    found = wkv6_from_raw_decay(*inputs, backend="triton")
+    expected = wkv6_from_raw_decay(*(x.double() for x in inputs), backend="reference")
+    for ours, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+    with pytest.raises(BackendError, match="heads of 16, 32, 64, 128 channels, these have 8"):
+        wkv6_from_raw_decay(*(x.float() for x in make_inputs(3, (-6.0, 1.0))[:6]), backend="triton")
+    with pytest.raises(BackendError, match="float32, the inputs are float64"):
+        wkv6_from_raw_decay(*(x.double() for x in inputs), backend="triton")
+
+
+def test_triton_is_not_chosen_on_a_cpu() -> None:
+    # Its interpreter is on here, and a thousand times slower than anything else.
+    assert choose_backend(None, device=torch.device("cpu"), head_size=64) != Backend.TRITON

@@ -45,8 +45,16 @@ def _in_the_states_dtype(recurrence: Callable[..., tuple[Tensor, Tensor]]) -> Ca
     return run
 
 
+def _triton(*arguments: Tensor | None, decay_is_raw: bool) -> tuple[Tensor, Tensor]:
+    # Imported when it is needed: Triton is not everywhere, and takes its time.
+    from infctx_kernels.wkv6.triton_op import wkv6_triton
+
+    return wkv6_triton(*arguments, decay_is_raw=decay_is_raw)
+
+
 # Each takes what `wkv6` takes, checked, and the decay as its logarithm or raw.
 RUNNERS: dict[Backend, Callable[..., tuple[Tensor, Tensor]]] = {
+    Backend.TRITON: _triton,
     Backend.CPP: wkv6_cpp,
     Backend.TORCH: _in_the_states_dtype(wkv6_blockwise),
     Backend.REFERENCE: _in_the_states_dtype(wkv6_reference),
