@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -228,20 +229,27 @@ def start(tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
 
 
 def test_several_processes_build_once(tmp_path: Path) -> None:
-    processes = [start(tmp_path) for _ in range(3)]
+    counting = tmp_path / "bin" / "g++"
+    counting.parent.mkdir()
+    builds = tmp_path / "builds"
+    counting.write_text(f'#!/bin/sh\necho "$*" >> {builds}\nexec {shutil.which("g++")} "$@"\n')
+    counting.chmod(0o755)
+    path = f"{counting.parent}:{os.environ['PATH']}"
+    processes = [start(tmp_path, PATH=path) for _ in range(3)]
     assert [process.communicate()[0] for process in processes] == ["cpp None\n"] * 3
+    assert builds.read_text().count("-shared") == 1
     (built,) = (tmp_path / "infctx_kernels").glob("*/kernels.so")
     assert sorted(path.name for path in built.parent.iterdir()) == ["kernels.so", "lock"]
     before = built.stat().st_mtime_ns
     # A file that cannot be loaded is built again; one that can is not.
     built.unlink()
     built.write_bytes(b"not a library")
-    out, err = start(tmp_path).communicate()
+    out, err = start(tmp_path, PATH=path).communicate()
     assert out == "cpp None\n"
     assert "building it again" in err
     again = built.stat().st_mtime_ns
     assert again > before
-    assert start(tmp_path).communicate()[0] == "cpp None\n"
+    assert start(tmp_path, PATH=path).communicate()[0] == "cpp None\n"
     assert built.stat().st_mtime_ns == again
 
 
@@ -275,3 +283,22 @@ def test_a_cache_others_can_write_to_is_not_used(tmp_path: Path) -> None:
 def test_the_loaded_library_is_kept() -> None:
     assert library.load_library() is library.load_library()
     assert Backend.CPP == "cpp"
+
+
+@pytest.mark.parametrize("raw_range", [(-6.0, 1.0), (1.0, 3.0)])
+def test_the_decays_gradient_does_not_lose_digits_with_length(raw_range: tuple[float, float]) -> None:
+    inputs = make_inputs(2000, raw_range, rows=1, heads=1, size=32)
+    others, decay = worst_errors(run(inputs, None, "cpp"), run(double(inputs), None, "torch"))
+    assert others < 5e-6
+    assert decay < (5e-6 if raw_range[1] <= 1.0 else 1e-4)
+
+
+def test_any_nan_stays_one_in_bf16() -> None:
+    # One that rounding to the nearest bf16 would carry into the sign.
+    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    inputs = [x.bfloat16() for x in make_inputs(5, (-6.0, 1.0), rows=1, heads=1, size=16)[:3]]
+    raw, bonus, state = make_inputs(5, (-6.0, 1.0), rows=1, heads=1, size=16)[3:6]
+    state[0, 0, 2, 3] = nan
+    out, _ = wkv6_from_raw_decay(*inputs, raw, bonus, state, backend="cpp")
+    assert out[0, :, 0, 3].isnan().all()
+    assert out[0, :, 0, :3].isfinite().all()
