@@ -12,6 +12,10 @@ import jaxtyping
 import pytest
 import torch
 
+# Without a GPU, Triton's kernels run in its interpreter, which has to be chosen before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from infctx.model.finch import Finch
 from infctx.model.init import initialise_, new_config
 

@@ -42,7 +42,9 @@ def why_not_triton(device: torch.device) -> str | None:
     if device.type == "cuda":
         found = torch.cuda.get_device_capability(device)
         needed = SMALLEST_COMPUTE_CAPABILITY
-        return None if found >= needed else f"it needs compute capability {needed}, the device has {found}"
+        if found >= needed:
+            return None
+        return f"it needs compute capability {'.'.join(map(str, needed))}, the device has {'.'.join(map(str, found))}"
     if device.type == "cpu" and _triton_interprets():
         return None
     return "it needs a CUDA device"

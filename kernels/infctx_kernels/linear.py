@@ -32,7 +32,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     # A product that another part of torch is to look into (functorch, tracing, autocast) stays torch's own.
     if not onednn_is_faster() or torch.is_autocast_enabled("cpu") or type(weight) not in (Tensor, torch.nn.Parameter):
         return F.linear(x, weight)
-    return _OneDnnLinear.apply(x, weight)
+    # Reshaped out here: what a function of autograd returns as a view could not be changed in place.
+    return _OneDnnLinear.apply(x.reshape(rows, -1), weight).view(*x.shape[:-1], -1)
 
 
 @functools.cache
@@ -64,7 +65,4 @@ class _OneDnnLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         wants_x, wants_weight = ctx.needs_input_grad
         gradient_of_x = _OneDnnLinear.apply(gradient, weight.t()) if wants_x else None
-        if not wants_weight:
-            return gradient_of_x, None
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        return gradient_of_x, _OneDnnLinear.apply(flat.t(), x.reshape(-1, x.shape[-1]).t())
+        return gradient_of_x, _OneDnnLinear.apply(gradient.t(), x.t()) if wants_weight else None

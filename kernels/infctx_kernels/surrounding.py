@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from enum import StrEnum
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from infctx_kernels.dispatch import BackendError
+from infctx_kernels.cpu import library
+from infctx_kernels.dispatch import BackendError, why_not_triton
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A program walks over tokens one after the other: few enough that every multiprocessor has work, many enough that the
@@ -25,44 +24,41 @@ class SurroundingBackend(StrEnum):
     """The implementations. A new one joins here, in FASTEST_FIRST, in RUNS_ON and in the RUNNERS of each op.py."""
 
     TRITON = "triton"
+    CPP = "cpp"
     TORCH = "torch"
     REFERENCE = "reference"
 
 
-FASTEST_FIRST = (SurroundingBackend.TRITON, SurroundingBackend.TORCH, SurroundingBackend.REFERENCE)
+FASTEST_FIRST = (
+    SurroundingBackend.TRITON,
+    SurroundingBackend.CPP,
+    SurroundingBackend.TORCH,
+    SurroundingBackend.REFERENCE,
+)
 
 
 def _runs_anywhere(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     return None
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def _triton_interprets() -> bool:
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
-
-
 def _why_not_triton(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     if torch.float64 in dtypes:
         return "it computes in float32, the tensors are torch.float64"
-    if not _has_triton():
-        return "triton is not installed (pip install triton)"
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        return None if capability >= (8, 0) else f"it needs compute capability 8.0, the device has {capability}"
-    if device.type == "cpu" and _triton_interprets():
-        return None
-    return "it needs tensors on a CUDA device (on the CPU only Triton's interpreter runs it, for tests)"
+    return why_not_triton(device)
+
+
+def _why_not_cpp(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    if device.type != "cpu":
+        return "it runs on CPUs only"
+    if torch.float64 in dtypes:
+        return "it computes in float32, the tensors are torch.float64"
+    return library.why_not()
 
 
 # For each backend: the reason why it cannot run on this device with tensors of these dtypes, or None.
 RUNS_ON: dict[SurroundingBackend, Callable[[torch.device, tuple[torch.dtype, ...]], str | None]] = {
     SurroundingBackend.TRITON: _why_not_triton,
+    SurroundingBackend.CPP: _why_not_cpp,
     SurroundingBackend.TORCH: _runs_anywhere,
     SurroundingBackend.REFERENCE: _runs_anywhere,
 }
@@ -81,7 +77,7 @@ def choose_surrounding(
         BackendError: the wanted backend does not exist or cannot run here; names the reason and the ones that can.
     """
     if wanted is None:
-        candidates = FASTEST_FIRST if device.type == "cuda" else (SurroundingBackend.TORCH,)
+        candidates = [b for b in FASTEST_FIRST if b is not SurroundingBackend.TRITON or device.type == "cuda"]
         return next(backend for backend in candidates if RUNS_ON[backend](device, dtypes) is None)
     refusals = {backend: RUNS_ON[backend](device, dtypes) for backend in FASTEST_FIRST}
     names = ", ".join(backend for backend in FASTEST_FIRST if refusals[backend] is None)

@@ -58,7 +58,7 @@ def test_a_run_leaves_the_folder_that_was_promised(
 
     resolved = load_recipe(folder / "recipe.yaml")
     # What was left to the machine is filled in, so that a run goes on as it began.
-    assert (resolved.kernel.backend, resolved.data.tokenizer, resolved.run.devices) == ("torch", "bytes", 1)
+    assert (resolved.kernel.backend, resolved.data.tokenizer, resolved.run.devices) == ("cpp", "bytes", 1)
     given = load_recipe(recipe).resolved()
     for name in ("run", "kernel", "data"):
         section = getattr(given, name)

@@ -346,6 +346,10 @@ def test_the_row_passes_read_no_id_that_does_not_exist(wrong: int) -> None:
     from infctx_kernels.cross_entropy.chunked import torch_row_pass
 
     row_passes = [torch_row_pass]
+    if RUNS_ON["cpp"](DEVICE, (torch.float32,)) is None:
+        from infctx_kernels.cross_entropy.cpp_op import cpp_row_pass
+
+        row_passes.append(cpp_row_pass)
     if RUNS_ON["triton"](DEVICE, (torch.float32,)) is None:
         from infctx_kernels.cross_entropy.triton_op import triton_row_pass
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from infctx_kernels import surrounding
+from infctx_kernels import dispatch, surrounding
+from infctx_kernels.cpu import library
 from infctx_kernels.dispatch import BackendError
 from infctx_kernels.surrounding import SurroundingBackend, choose_surrounding, tokens_per_program
 
@@ -134,7 +135,8 @@ def test_the_kernels_compile_without_spills(tmp_path: Path) -> None:
 
 def test_triton_runs_by_itself_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(surrounding, "_has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    monkeypatch.setattr(library, "why_not", lambda: "no C++ compiler found")
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert choose_surrounding(None, device=cuda, dtypes=(torch.bfloat16,)) == SurroundingBackend.TRITON
     assert choose_surrounding(None, device=cuda, dtypes=(torch.bfloat16, torch.float64)) == SurroundingBackend.TORCH
@@ -145,19 +147,19 @@ def test_triton_runs_by_itself_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_refusal_says_why_and_what_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    monkeypatch.setattr(surrounding, "_has_triton", lambda: True)
-    monkeypatch.setattr(surrounding, "_triton_interprets", lambda: False)
-    with pytest.raises(BackendError, match=r"'triton' cannot run on cpu: it needs tensors on a CUDA device .*Usable"):
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "_triton_interprets", lambda: False)
+    with pytest.raises(BackendError, match=r"'triton' cannot run on cpu: it needs a CUDA device.*Usable"):
         choose_surrounding("triton", device=cpu, dtypes=(torch.float32,))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert choose_surrounding(None, device=cuda, dtypes=(torch.float32,)) == SurroundingBackend.TORCH
-    with pytest.raises(BackendError, match=r"it needs compute capability 8\.0, the device has \(7, 5\)"):
+    with pytest.raises(BackendError, match=r"it needs compute capability 8\.0, the device has 7\.5"):
         choose_surrounding("triton", device=cuda, dtypes=(torch.float32,))
-    monkeypatch.setattr(surrounding, "_has_triton", lambda: False)
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
     assert choose_surrounding(None, device=cuda, dtypes=(torch.float32,)) == SurroundingBackend.TORCH
     with pytest.raises(BackendError, match=r"triton is not installed \(pip install triton\).* Usable here: torch,"):
         choose_surrounding("triton", device=cuda, dtypes=(torch.float32,))
-    with pytest.raises(BackendError, match=r"'warp' does not exist\. Usable on cpu: torch, reference\."):
+    with pytest.raises(BackendError, match=r"'warp' does not exist\. Usable on cpu: (cpp, )?torch, reference\."):
         choose_surrounding("warp", device=cpu, dtypes=(torch.float32,))
 
 

@@ -109,22 +109,25 @@ def test_bf16_stores_frozen_weights_in_bf16_and_trains_in_fp32(make_finch: Calla
 
 
 def test_bf16_gradients_are_those_of_fp32_up_to_bf16_rounding(make_finch: Callable[..., Finch]) -> None:
-    gradients = {}
-    for precision in ("fp32", "bf16"):
-        torch.manual_seed(0)
-        model = make_finch("6")
-        engine = FabricEngine(devices=1, strategy="single", precision=precision)
-        apply_precision_(model, engine.precision)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        wrapped, _ = engine.setup(ChunkObjective(model), optimizer)
-        state = ModelState.zeros(model.config, 2, dtype=torch.float32, device=engine.device)
-        backward_through_windows(
-            wrapped, make_chunks(), state, window="document", weight_total=100.0, backward=engine.backward
-        )
-        gradients[precision] = torch.cat([p.grad.flatten() for p in model.parameters()])
-    difference = (gradients["bf16"] - gradients["fp32"]).norm() / gradients["fp32"].norm()
-    # bf16 keeps 8 bits: one rounding is 4e-3; a wrong path would be of order 1.
-    assert 1e-4 < float(difference) < 0.1
+    differences = []
+    for seed in range(5):
+        gradients = {}
+        for precision in ("fp32", "bf16"):
+            torch.manual_seed(0)
+            model = make_finch("6", seed=seed)
+            engine = FabricEngine(devices=1, strategy="single", precision=precision)
+            apply_precision_(model, engine.precision)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            wrapped, _ = engine.setup(ChunkObjective(model), optimizer)
+            state = ModelState.zeros(model.config, 2, dtype=torch.float32, device=engine.device)
+            backward_through_windows(
+                wrapped, make_chunks(), state, window="document", weight_total=100.0, backward=engine.backward
+            )
+            gradients[precision] = torch.cat([p.grad.flatten() for p in model.parameters()])
+        differences.append(float((gradients["bf16"] - gradients["fp32"]).norm() / gradients["fp32"].norm()))
+    # bf16 keeps 8 bits: one rounding is 4e-3; a wrong path would be of order 1. One random model in four is further off
+    # than 0.1, whatever computes it; the middle one of five is judged.
+    assert 1e-4 < sorted(differences)[2] < 0.1
 
 
 def test_more_devices_than_this_version_can_use_are_refused() -> None:

@@ -24,13 +24,27 @@ def _sigmoid_gate_triton(receptance: Tensor, value: Tensor) -> Tensor:
     return SigmoidGate.apply(receptance, value)
 
 
+def _squared_relu_cpp(x: Tensor) -> Tensor:
+    from infctx_kernels.channel_mix.cpp_op import squared_relu_cpp
+
+    return squared_relu_cpp(x)
+
+
+def _sigmoid_gate_cpp(receptance: Tensor, value: Tensor) -> Tensor:
+    from infctx_kernels.channel_mix.cpp_op import sigmoid_gate_cpp
+
+    return sigmoid_gate_cpp(receptance, value)
+
+
 SQUARED_RELU_RUNNERS: dict[SurroundingBackend, Callable[[Tensor], Tensor]] = {
     SurroundingBackend.TRITON: _squared_relu_triton,
+    SurroundingBackend.CPP: _squared_relu_cpp,
     SurroundingBackend.TORCH: squared_relu_reference,
     SurroundingBackend.REFERENCE: squared_relu_reference,
 }
 SIGMOID_GATE_RUNNERS: dict[SurroundingBackend, Callable[[Tensor, Tensor], Tensor]] = {
     SurroundingBackend.TRITON: _sigmoid_gate_triton,
+    SurroundingBackend.CPP: _sigmoid_gate_cpp,
     SurroundingBackend.TORCH: sigmoid_gate_reference,
     SurroundingBackend.REFERENCE: sigmoid_gate_reference,
 }
@@ -59,8 +73,8 @@ def sigmoid_gate(
 
     Args:
         receptance, value: one shape and one dtype of fp32, bf16, fp16, fp64.
-        backend: a name of `SurroundingBackend`; None = the fastest that can run here. Backend triton rounds once, the
-            others round the sigmoid to the dtype too.
+        backend: a name of `SurroundingBackend`; None = the fastest that can run here. Backends triton and cpp
+            round once, the others round the sigmoid to the dtype too.
     Raises:
         ValueError: a shape, dtype or device is wrong. BackendError: the backend cannot run here.
     Source: Eagle and Finch paper, channel mixing.

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("wkv6.cpp",)
+SOURCES = ("wkv6.cpp", "surrounding.cpp")
 HEADERS = ("vector.h",)
 COMPILERS = ("g++", "clang++", "c++")
 COMPILE_SECONDS = 300

@@ -7,7 +7,7 @@
 #include <cstring>
 
 #if defined(__x86_64__) || defined(__i386__)
-#include <xmmintrin.h>
+#include <immintrin.h>
 #endif
 
 namespace infctx {
@@ -38,11 +38,23 @@ static inline Vec load(const float* from) {
 static inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
 
 static inline Vec load(const uint16_t* from) {  // bfloat16
+#if defined(__AVX512F__)
+    // Compilers make two halves of the conversion.
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#else
     HalfVec half;
     std::memcpy(&half, from, sizeof half);
     return (Vec)(__builtin_convertvector(half, UintVec) << 16);
+#endif
 }
 
+#if defined(__AVX512BF16__)
+// As below in one instruction; it flushes denormals, as the kernels do.
+static inline void store(uint16_t* to, Vec x) {
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(to, &half, sizeof half);
+}
+#else
 static inline void store(uint16_t* to, Vec x) {
     UintVec bits = (UintVec)x;
     // To the nearest, ties to even; a NaN stays one though its low bits are cut off.
@@ -51,9 +63,10 @@ static inline void store(uint16_t* to, Vec x) {
     HalfVec half = __builtin_convertvector((rounded & ~nan) | (((bits >> 16) | 0x40u) & nan), HalfVec);
     std::memcpy(to, &half, sizeof half);
 }
+#endif
 
 static inline Vec select(IntVec condition, Vec yes, Vec no) {
-    return (Vec)(((IntVec)yes & condition) | ((IntVec)no & ~condition));
+    return condition ? yes : no;
 }
 
 static inline float sum(Vec x) {
@@ -84,6 +97,21 @@ static inline Vec exp_of(Vec x) {
     p = p * rest + 1.0f;
     Vec power = (Vec)(((IntVec)shifted + 127) << 23);
     return select(x < splat(-87.3f), Vec{}, p * power);
+}
+
+static inline Vec absolute(Vec x) { return (Vec)((IntVec)x & 0x7fffffff); }
+
+struct Sigmoid {
+    Vec open, shut;  // sigmoid(x), sigmoid(-x): the latter loses every digit as 1 - sigmoid(x)
+};
+
+static inline Sigmoid sigmoid(Vec x) {
+    // The exponential of a positive number could overflow.
+    const Vec small = exp_of(-absolute(x));
+    const Vec larger = 1.0f / (1.0f + small);
+    const Vec smaller = small * larger;
+    const IntVec positive = x >= Vec{};
+    return {select(positive, larger, smaller), select(positive, smaller, larger)};
 }
 
 // Old states decay into denormal numbers, which are slow: they count as zero while an object of this class lives.
@@ -128,6 +156,52 @@ static inline void write_row(const float* from, int64_t size, T* to) {
         store(rest, load(from + i));
         std::memcpy(to + i, rest, (size - i) * sizeof(T));
     }
+}
+
+// A vector of a row, or what is left at the row's end: loads put zeros beyond it, stores leave what is there.
+struct Whole {};
+struct Part {
+    int64_t count;
+};
+
+template <typename T>
+static inline Vec load(const T* from, Whole) {
+    return load(from);
+}
+
+template <typename T>
+static inline Vec load(const T* from, Part part) {
+    T some[LANES] = {};
+    std::memcpy(some, from, part.count * sizeof(T));
+    return load(some);
+}
+
+template <typename T>
+static inline void store(T* to, Vec x, Whole) {
+    store(to, x);
+}
+
+template <typename T>
+static inline void store(T* to, Vec x, Part part) {
+    T some[LANES];
+    store(some, x);
+    std::memcpy(to, some, part.count * sizeof(T));
+}
+
+// x with `fill` beyond the row's end.
+static inline Vec inside(Vec x, Whole, float = 0.0f) { return x; }
+
+static inline Vec inside(Vec x, Part part, float fill = 0.0f) {
+    for (int lane = 0; lane < LANES; ++lane) x[lane] = lane < part.count ? x[lane] : fill;
+    return x;
+}
+
+// body(i, n) for every vector of a row: from element i, and n is Whole, or a Part for the last one.
+template <typename Body>
+static inline void over(int64_t size, const Body& body) {
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) body(i, Whole{});
+    if (i < size) body(i, Part{size - i});
 }
 
 }  // namespace infctx

@@ -36,9 +36,16 @@ def _triton(hidden: Tensor, head_weight: Tensor, targets: Tensor, loss_weight: T
     return _in_pieces(hidden, head_weight, targets, loss_weight, l2_wrap=l2_wrap, row_pass=triton_row_pass)
 
 
+def _cpp(hidden: Tensor, head_weight: Tensor, targets: Tensor, loss_weight: Tensor, *, l2_wrap: float) -> Tensor:
+    from infctx_kernels.cross_entropy.cpp_op import cpp_row_pass
+
+    return _in_pieces(hidden, head_weight, targets, loss_weight, l2_wrap=l2_wrap, row_pass=cpp_row_pass)
+
+
 # Each takes what `linear_cross_entropy` takes, checked.
 RUNNERS: dict[SurroundingBackend, Callable[..., Tensor]] = {
     SurroundingBackend.TRITON: _triton,
+    SurroundingBackend.CPP: _cpp,
     SurroundingBackend.TORCH: _torch,
     SurroundingBackend.REFERENCE: linear_cross_entropy_reference,
 }
@@ -56,8 +63,8 @@ def linear_cross_entropy(
     """Sum over tokens of loss_weight · (cross entropy + l2_wrap / 2 · largest logit²).
 
     The logits, hidden · head_weightᵀ, are computed in hidden's dtype and then treated as float32. Where a gradient is
-    needed, backends triton and torch compute it in the forward pass, for `LOGITS_AT_ONCE` logits at a time, and keep it
-    until the backward pass, which only multiplies by the gradient of the loss: recomputing the forward pass under
+    needed, all backends but reference compute it in the forward pass, for `LOGITS_AT_ONCE` logits at a time, and keep
+    it until the backward pass, which only multiplies by the gradient of the loss: recomputing the forward pass under
     activation checkpointing would do all of it twice.
 
     Args:

@@ -18,9 +18,16 @@ def _triton(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, *, eps: float
     return GroupNormGate.apply(x, gate, weight, bias, eps)
 
 
+def _cpp(x: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+    from infctx_kernels.group_norm_gate.cpp_op import group_norm_gate_cpp
+
+    return group_norm_gate_cpp(x, gate, weight, bias, eps=eps)
+
+
 # Each takes what `group_norm_gate` takes, checked.
 RUNNERS: dict[SurroundingBackend, Callable[..., Tensor]] = {
     SurroundingBackend.TRITON: _triton,
+    SurroundingBackend.CPP: _cpp,
     SurroundingBackend.TORCH: group_norm_gate_reference,
     SurroundingBackend.REFERENCE: group_norm_gate_reference,
 }
@@ -44,9 +51,9 @@ def group_norm_gate(
         eps: added to the variance, > 0.
         backend: a name of `SurroundingBackend`; None = the fastest that can run here.
     Returns:
-        The product in gate's dtype; the statistics are float32 (float64 with float64 x). Backend triton stays in
-        float32 and rounds once, the others round the norm and the silu to gate's dtype before they multiply. Gradients
-        flow into all four tensors.
+        The product in gate's dtype; the statistics are float32 (float64 with float64 x). Backends triton and
+        cpp stay in float32 and round once, the others round the norm and the silu to gate's dtype before they multiply.
+        Gradients flow into all four tensors.
     Raises:
         ValueError: a shape, dtype or device is wrong. BackendError: the backend cannot run here.
     Source: Eagle and Finch paper, output of time mixing.

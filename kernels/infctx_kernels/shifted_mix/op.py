@@ -34,14 +34,28 @@ def _triton_stacked(*arguments: Tensor | None) -> Tensor:
     return ShiftedMix.apply(*arguments)
 
 
+def _cpp(*arguments: Tensor | None) -> tuple[Tensor, ...]:
+    from infctx_kernels.shifted_mix.cpp_op import separate_shifted_mix_cpp
+
+    return separate_shifted_mix_cpp(*arguments)
+
+
+def _cpp_stacked(*arguments: Tensor | None) -> Tensor:
+    from infctx_kernels.shifted_mix.cpp_op import shifted_mix_cpp
+
+    return shifted_mix_cpp(*arguments)
+
+
 # Each takes (hidden, carried, weights, dynamic, starts), checked, and returns [M, B, T, C], or M times [B, T, C].
 RUNNERS: dict[SurroundingBackend, Callable[..., Tensor]] = {
     SurroundingBackend.TRITON: _triton_stacked,
+    SurroundingBackend.CPP: _cpp_stacked,
     SurroundingBackend.TORCH: _reference_stacked,
     SurroundingBackend.REFERENCE: _reference_stacked,
 }
 SEPARATE_RUNNERS: dict[SurroundingBackend, Callable[..., tuple[Tensor, ...]]] = {
     SurroundingBackend.TRITON: _triton,
+    SurroundingBackend.CPP: _cpp,
     SurroundingBackend.TORCH: _reference,
     SurroundingBackend.REFERENCE: _reference,
 }
@@ -66,8 +80,8 @@ def shifted_mix(
         starts: True at a document's first token, which sees zeros instead of the token before it.
         backend: a name of `SurroundingBackend`; None = the fastest that can run here.
     Returns:
-        The mixes in hidden's dtype. Backend triton computes in float32 and rounds once, the others round each operation
-        to hidden's dtype. Gradients flow into hidden, carried, weights and dynamic.
+        The mixes in hidden's dtype. Backends triton and cpp compute in float32 and round once, the others round each
+        operation to hidden's dtype. Gradients flow into hidden, carried, weights and dynamic.
     Raises:
         ValueError: a shape, dtype or device is wrong. BackendError: the backend cannot run here.
     Source: Eagle and Finch paper, token shift and its data-dependent interpolation.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -10,8 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from infctx_kernels.cpu import library
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+from infctx_kernels.cpu.call import DTYPES, call, computable, contiguous
 
 
 def why_not(device: torch.device, head_size: int, dtype: torch.dtype) -> str | None:
@@ -37,13 +35,9 @@ def wkv6_cpp(
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence; shapes as in `op.wkv6`, all in float32 inside."""
     dtype = receptance.dtype
-    if dtype not in DTYPES:
-        receptance, key, value = (x.float() for x in (receptance, key, value))
-    if decay.dtype not in DTYPES:
-        decay = decay.float()
+    inputs = [computable(x) for x in (receptance, key, value, decay)]
     fresh = None if start_state is None else start_state.float()
-    inputs = (receptance, key, value, decay, bonus.float(), state)
-    output, new_state = _Wkv6.apply(*inputs, fresh, starts, decay_is_raw)
+    output, new_state = _Wkv6.apply(*inputs, bonus.float(), state, fresh, starts, decay_is_raw)
     return output.to(dtype), new_state
 
 
@@ -51,13 +45,11 @@ class _Wkv6(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         *tensors, starts, decay_is_raw = arguments
-        receptance, key, value, decay, bonus, state, start_state = _contiguous(tensors)
-        starts = None if starts is None else starts.contiguous()
+        receptance, key, value, decay, bonus, state, start_state, starts = contiguous([*tensors, starts])
         output = torch.empty_like(receptance)
         new_state = torch.empty_like(state)
         inputs = (receptance, key, value, decay, bonus, state, starts, start_state)
-        sizes = _sizes(receptance, decay, decay_is_raw)
-        _call("infctx_wkv6_forward", sizes, *inputs, output, new_state)
+        call("infctx_wkv6_forward", _sizes(receptance, decay, decay_is_raw), *inputs, output, new_state)
         ctx.save_for_backward(*inputs)
         ctx.decay_is_raw = decay_is_raw
         ctx.set_materialize_grads(False)
@@ -77,11 +69,11 @@ class _Wkv6(torch.autograd.Function):
         bonus_gradient = bonus.new_empty(receptance.shape[0], *bonus.shape)
         state_gradient = torch.empty_like(state)
         start_state_gradient = None if start_state is None else torch.empty_like(state)
-        _call(
+        call(
             "infctx_wkv6_backward",
             _sizes(receptance, decay, ctx.decay_is_raw),
             *inputs,
-            *_contiguous([output_gradient, new_state_gradient]),
+            *contiguous([output_gradient, new_state_gradient]),
             *gradients,
             bonus_gradient,
             state_gradient,
@@ -91,16 +83,5 @@ class _Wkv6(torch.autograd.Function):
         return (*gradients, bonus_gradient.sum(0), state_gradient, start_state_sum, None, None)
 
 
-def _contiguous(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
-def _sizes(receptance: Tensor, decay: Tensor, decay_is_raw: bool) -> Any:
-    numbers = (*receptance.shape, DTYPES[receptance.dtype], DTYPES[decay.dtype], decay_is_raw, torch.get_num_threads())
-    return (ctypes.c_int64 * len(numbers))(*numbers)
-
-
-def _call(name: str, sizes: Any, *tensors: Tensor | None) -> None:
-    pointers = [ctypes.c_void_p(0 if tensor is None else tensor.data_ptr()) for tensor in tensors]
-    if getattr(library.load_library(), name)(sizes, *pointers) != 0:
-        raise MemoryError(f"{name}: no memory for the states between blocks of tokens")
+def _sizes(receptance: Tensor, decay: Tensor, decay_is_raw: bool) -> tuple[int, ...]:
+    return (*receptance.shape, DTYPES[receptance.dtype], DTYPES[decay.dtype], int(decay_is_raw))
