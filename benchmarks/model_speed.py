@@ -2,11 +2,11 @@
 
     python benchmarks/model_speed.py --peer ../RWKV-infctx-trainer [--threads 1] [--pairs 9] [--output FILE]
 
-Both sides take training steps (forward, loss, backward, AdamW) on the same batch from the same weights, strictly in turn
-in this process; a ratio is the median of the pairs' ratios. Before anything is timed, losses and gradients are compared.
-The peer runs as its own modules do, scripted by torch.jit, with its default chunks (128 tokens, float64 inside) and with
-the fastest it allows (16, float32). In bf16 its weights are bf16 too; ours stay float32, as in a run of this project.
-Without --peer, the portable torch backends of this project stand in for it, and the result says so.
+Both sides take training steps (forward, loss, backward, AdamW) on the same batch from the same weights, strictly in
+turn in this process; a ratio is the median of the pairs' ratios. Before anything is timed, losses and gradients are
+compared. The peer runs as its own modules do, scripted by torch.jit, with its default chunks (128 tokens, float64
+inside) and with the fastest it allows (16, float32). In bf16 its weights are bf16 too; ours stay float32, as in a run
+of this project. Without --peer, the portable torch backends of this project stand in for it, and the result says so.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def other_sides(model: Finch, dtype: str, peer: Path | None) -> Iterator[tuple[s
         return
     time_mix, channel_mix = load_peer(peer)
     for name, (chunk_tokens, precision) in PEER_SETTINGS.items():
-        module = PeerModel(model, time_mix, channel_mix, chunk_tokens=chunk_tokens, precision=precision)
+        module = PeerModel(model, time_mix, channel_mix, chunk_tokens, precision)
         if dtype == "bf16":
             module.bfloat16()
         yield name, module, module.emb, module.loss
@@ -145,7 +145,8 @@ def load_peer(checkout: Path) -> tuple[type[nn.Module], type[nn.Module]]:
     source = checkout / "RWKV-v6" / "src"
     if not (source / "module" / "TimeMix.py").exists():
         raise SystemExit(f"--peer {checkout}: no RWKV-v6/src/module/TimeMix.py in it")
-    stand_ins = {name: mock.MagicMock() for name in ("deepspeed", "wandb", "lightning")}
+    unused = ("deepspeed", "deepspeed.ops", "deepspeed.ops.adam", "deepspeed.runtime", "deepspeed.runtime.lr_schedules")
+    stand_ins = {name: mock.MagicMock() for name in (*unused, "wandb", "lightning")}
     stand_ins |= {f"lightning.pytorch{part}": mock.MagicMock() for part in ("", ".utilities", ".strategies")}
     stand_ins |= {
         f"deepspeed.{part}": mock.MagicMock() for part in ("ops", "ops.adam", "runtime", "runtime.lr_schedules")
@@ -162,13 +163,7 @@ class PeerModel(nn.Module):
     """The peer's blocks between an embedding and a head, as its model has them, with our weights."""
 
     def __init__(
-        self,
-        model: Finch,
-        time_mix: type[nn.Module],
-        channel_mix: type[nn.Module],
-        *,
-        chunk_tokens: int,
-        precision: int,
+        self, model: Finch, time_mix: type[nn.Module], channel_mix: type[nn.Module], chunk_tokens: int, precision: int
     ) -> None:
         super().__init__()
         config = model.config
