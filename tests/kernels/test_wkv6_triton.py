@@ -16,7 +16,7 @@ from infctx_kernels.wkv6.reference import wkv6_reference
 
 triton_op = pytest.importorskip("infctx_kernels.wkv6.triton_op", reason="needs Triton", exc_type=ImportError)
 LaunchPlan, Tiles = triton_op.LaunchPlan, triton_op.Tiles
-plan_launch, wkv6_triton = triton_op.plan_launch, triton_op.wkv6_triton
+choose_tiles, plan_launch, wkv6_triton = triton_op.choose_tiles, triton_op.plan_launch, triton_op.wkv6_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INPUT_NAMES = ("receptance", "key", "value", "decay", "bonus", "state", "start_state")
@@ -318,14 +318,32 @@ def test_the_plan_depends_on_sizes_only() -> None:
     assert_close(by_default, run_reference(inputs, None), 1e-5)
 
 
-@pytest.mark.parametrize("tiles", [(64, 64, 1), (16, 16, 4)])
-def test_any_tiles(tiles: tuple[int, int, int]) -> None:
-    values, keys, levels = tiles
-    sizes = Tiles(values=values, keys=keys, levels=levels, precision="tf32x3")
+@pytest.mark.parametrize(
+    ("values", "keys", "channels", "levels", "splits_keys"), [(64, 64, 32, 1, False), (16, 16, 64, 4, True)]
+)
+def test_any_tiles(values: int, keys: int, channels: int, levels: int, splits_keys: bool) -> None:
+    sizes = Tiles(
+        values=values, keys=keys, channels=channels, levels=levels, walk_warps=4, key_warps=4,
+        splits_keys=splits_keys, precision="tf32x3",
+    )  # fmt: skip
     inputs = make_inputs(19, USUAL, size=64)
     starts = make_starts(19, (3, 18))
     found = run(lambda x: wkv6_triton(*x[:6], starts, x[6], decay_is_raw=True, plan=TINY, tiles=sizes), inputs)
     assert_close(found, run_reference(inputs, starts), 1e-5)
+
+
+# In tf32 a block's scores come from one product where its decays allow it: in no block, in some, in all.
+@pytest.mark.parametrize("raw_range", [USUAL, NEVER, FAST, MIXED, AT_ONCE, (0.9, 1.0), (1.0, 1.1)])
+@pytest.mark.parametrize("places", [(), (5, 40)])
+def test_mild_blocks_give_the_same(raw_range: tuple[float, float], places: tuple[int, ...]) -> None:
+    inputs = make_inputs(65, raw_range)
+    # The first block is mild whatever the others are.
+    inputs["decay"][:, :16] = inputs["decay"][:, :16].clamp(max=0.0)
+    starts = make_starts(65, places) if places else None
+    tiles = choose_tiles(head_size=16, dtype=torch.bfloat16, has_starts=bool(places), compute_capability=0)
+    found = run(lambda x: wkv6_triton(*x[:6], starts, x[6], decay_is_raw=True, plan=FUSED, tiles=tiles), inputs)
+    # The interpreter rounds to tf32 nowhere; the factor that corrects that rounding is 3.5e-4 each time.
+    assert_close(found, run_reference(inputs, starts), 3e-3)
 
 
 @pytest.mark.gpu

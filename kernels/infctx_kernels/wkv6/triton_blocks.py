@@ -30,6 +30,8 @@ LOG2_LOG2_E = tl.constexpr(0.5287663729448977)
 LN_2 = tl.constexpr(0.6931471805599453)
 # exp2 of it is 0, and it is finite in 16 bits.
 SMALLEST_LOG2_DECAY = tl.constexpr(-4.0e4)
+# Twice its size is far inside the exponents of float32.
+MILD_LOG2_DECAY = tl.constexpr(-60.0)
 # 1 + 2^-11.5: half of the last digit that tf32 keeps, in the mean over all numbers.
 CENTRE_OF_TF32 = tl.constexpr(1.000345)
 
@@ -158,12 +160,21 @@ def path_to_end():
 
 @triton.jit
 @no_type_check
-def decay_over(path, log2_decay):
-    """The decay over each path, [tokens, channels], 0 to 1."""
-    # A 0/1 matrix is exact in 16 bits, and two parts of 11 bits keep 22 of an exponent's.
-    path = path.to(tl.float16)
+def split_exponents(log2_decay):
+    """Log decays as sums of two parts of 11 bits, which keep 22 bits of an exponent."""
     coarse = log2_decay.to(tl.float16)
-    fine = (log2_decay - coarse.to(tl.float32)).to(tl.float16)
+    return coarse, (log2_decay - coarse.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+@no_type_check
+def decay_over(path, parts):
+    """The decay over each path, [tokens, channels], 0 to 1.
+
+    parts: of `split_exponents`. A 0/1 matrix is exact in 16 bits too.
+    """
+    coarse, fine = parts
+    path = path.to(tl.float16)
     return tl.exp2(tl.dot(path, fine, acc=tl.dot(path, coarse)))
 
 
@@ -182,9 +193,9 @@ def as_operand(x, PRECISION: tl.constexpr):
 @triton.jit
 @no_type_check
 def add_over_paths(path, x, total, PRECISION: tl.constexpr):
-    """Add the products of 0/1 matrices with x, a gradient, to the total."""
+    """Add the product of a 0/1 matrix with x, a gradient, to a total that `as_operand` has to correct in the end."""
     if PRECISION == "tf32":
-        return tl.dot(path, as_operand(x, PRECISION), acc=total, input_precision="tf32")
+        return tl.dot(path, x, acc=total, input_precision="tf32")
     else:
         # Two parts as above, but with the range of float32.
         coarse = x.to(tl.bfloat16).to(tl.float32)
@@ -194,26 +205,70 @@ def add_over_paths(path, x, total, PRECISION: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def block_scores(r, k, log2_decay, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """How much token i reads of the value of an earlier token j of the block, [i, j].
+def scores_by_levels(
+    receptance, key, decay, heads, inside, HEAD_SIZE: tl.constexpr, CHANNELS: tl.constexpr, LEVELS: tl.constexpr,
+    DECAY_IS_RAW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What token i reads of the value of an earlier token j of the block, [i, j], for any decays.
 
-    LEVELS: how many of the levels to multiply at once; as many as warps gives each warp a level.
+    CHANNELS: how many to multiply at once. LEVELS: how many of the levels; as many as warps gives each warp a level.
     """
     tokens = tl.arange(0, BLOCK_TOKENS)
     i, j = tokens[None, :, None], tokens[None, None, :]
     scores = tl.zeros((BLOCK_TOKENS, BLOCK_TOKENS), tl.float32)
-    for first in tl.static_range(0, NUM_LEVELS, LEVELS):
-        level = (tl.arange(0, LEVELS) + first)[:, None, None]
-        log2_decays = tl.broadcast_to(log2_decay[None, :, :], (LEVELS, log2_decay.shape[0], log2_decay.shape[1]))
-        on_path = as_operand(decay_over(is_on_path(level, i, j).to(tl.float32), log2_decays), PRECISION)
-        k_on_path = tl.permute(k[None, :, :] * on_path, (0, 2, 1))
-        across = tl.dot(r[None, :, :] * on_path, k_on_path, input_precision=PRECISION)
-        scores += tl.sum(tl.where(is_pair(level, i, j), across, 0.0), axis=0)
-    return as_operand(scores, PRECISION)
+    shape: tl.constexpr = (LEVELS, BLOCK_TOKENS, CHANNELS)
+    for first_channel in tl.static_range(0, HEAD_SIZE, CHANNELS):
+        # Loaded again: kept until here, they would take registers from blocks that need no levels.
+        offsets = token_offsets(heads, first_channel + tl.arange(0, CHANNELS), HEAD_SIZE)
+        r = load_tokens(receptance, offsets, inside)
+        k = load_tokens(key, offsets, inside)
+        coarse, fine = split_exponents(load_log2_decay(decay, offsets, inside, DECAY_IS_RAW))
+        parts = (tl.broadcast_to(coarse[None, :, :], shape), tl.broadcast_to(fine[None, :, :], shape))
+        for first in tl.static_range(0, NUM_LEVELS, LEVELS):
+            level = (tl.arange(0, LEVELS) + first)[:, None, None]
+            decays = as_operand(decay_over(is_on_path(level, i, j).to(tl.float32), parts), PRECISION)
+            # A token is on one side of its cut: its own row or column of the product is its as a query or as a key.
+            either = tl.where(((i >> level) & 1) == 1, r[None, :, :], k[None, :, :]) * decays
+            across = tl.dot(either, tl.permute(either, (0, 2, 1)), input_precision=PRECISION)
+            scores += tl.sum(tl.where(is_pair(level, i, j), across, 0.0), axis=0)
+    return scores
 
 
 @triton.jit
 @no_type_check
-def own_score(r, k, u):
-    """How much each token reads of its own value, through the bonus, [tokens, 1]."""
-    return tl.sum(r * k * u[None, :], axis=1)[:, None]
+def is_mild(total, document, HAS_STARTS: tl.constexpr):
+    """Whether one product gives the scores of the block: no decay leaves the range of numbers, no document starts."""
+    mild = tl.min(total, axis=0) > MILD_LOG2_DECAY
+    if HAS_STARTS:
+        mild = mild & (tl.max(document, axis=0) == 0)
+    return mild
+
+
+@triton.jit
+@no_type_check
+def mild_or_any_scores(
+    receptance, key, decay, heads, inside, r_from_front, k_to_end, total, document,
+    HEAD_SIZE: tl.constexpr, CHANNELS: tl.constexpr, LEVELS: tl.constexpr, DECAY_IS_RAW: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+):  # fmt: skip
+    """The same from one product where the block allows it; in tf32, below whose precision its larger exponents are."""
+    if is_mild(total, document, HAS_STARTS):
+        # From the front to i and from j to the end is once too often through the whole block.
+        scores = tl.dot(r_from_front * tl.exp2(-total)[None, :], tl.trans(k_to_end), input_precision="tf32")
+    else:
+        scores = scores_by_levels(
+            receptance, key, decay, heads, inside, HEAD_SIZE, CHANNELS, LEVELS, DECAY_IS_RAW, "tf32"
+        )
+    return scores
+
+
+@triton.jit
+@no_type_check
+def finish_scores(scores, own, document, HAS_STARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """How much token i reads of the value of each token j of the block, [i, j]; of its own through the bonus."""
+    i = tl.arange(0, BLOCK_TOKENS)[:, None]
+    j = tl.arange(0, BLOCK_TOKENS)[None, :]
+    scores = tl.where(i > j, scores, 0.0)
+    if HAS_STARTS:
+        scores = tl.where(document[:, None] == document[None, :], scores, 0.0)
+    return as_operand(tl.where(i == j, own[:, None], scores), PRECISION)

@@ -20,15 +20,17 @@ from infctx_kernels.wkv6.triton_blocks import (
     BLOCK_TOKENS,
     as_operand,
     block_offset,
-    block_scores,
     decay_over,
+    finish_scores,
     load_document,
     load_log2_decay,
     load_tokens,
-    own_score,
+    mild_or_any_scores,
     path_from_front,
     path_from_own_start,
     path_to_end,
+    scores_by_levels,
+    split_exponents,
     token_offsets,
     tokens_inside,
 )
@@ -39,27 +41,42 @@ DOCUMENT_STARTED = tl.constexpr(1.0)
 
 @triton.jit
 @no_type_check
-def state_after_block(
-    state, k, v, log2_decay, document, start_state, HAS_STARTS: tl.constexpr, HAS_START_STATE: tl.constexpr,
-    BY_VALUE: tl.constexpr, PRECISION: tl.constexpr,
+def state_of_last_document(
+    state, document, start_state, HAS_STARTS: tl.constexpr, HAS_START_STATE: tl.constexpr
 ):  # fmt: skip
-    """The state after a block from the one before it, [values, keys] if BY_VALUE, else [keys, values].
+    """The state that the block's last document began with: the state before the block, unless a document starts in it.
 
-    start_state: pointers to the same tile, in the same order.
+    start_state: pointers to the same tile.
     """
-    k_to_end = as_operand(k * decay_over(path_to_end(), log2_decay), PRECISION)
     if HAS_STARTS:
-        last = tl.max(document, axis=0)
-        of_last = (document == last)[:, None]
-        k_to_end = tl.where(of_last, k_to_end, 0.0)
-        total = tl.sum(tl.where(of_last, log2_decay, 0.0), axis=0)
         if HAS_START_STATE:
-            if last > 0:
+            if tl.max(document, axis=0) > 0:
                 state = tl.load(start_state).to(tl.float32)
         else:
-            state = tl.where(last > 0, 0.0, state)
-    else:
-        total = tl.sum(log2_decay, axis=0)
+            state = tl.where(tl.max(document, axis=0) > 0, 0.0, state)
+    return state
+
+
+@triton.jit
+@no_type_check
+def total_of_last_document(log2_decay, document, HAS_STARTS: tl.constexpr):
+    """The log2 decay from the last start in the block, else from its front, to its end, [channels]."""
+    if HAS_STARTS:
+        log2_decay = tl.where((document == tl.max(document, axis=0))[:, None], log2_decay, 0.0)
+    return tl.sum(log2_decay, axis=0)
+
+
+@triton.jit
+@no_type_check
+def state_after_block(
+    state, k_to_end, v, total, document, HAS_STARTS: tl.constexpr, BY_VALUE: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """The state after a block, from the one that its last document began with; [keys, values] if not BY_VALUE.
+
+    total: of `total_of_last_document`.
+    """
+    if HAS_STARTS:
+        k_to_end = tl.where((document == tl.max(document, axis=0))[:, None], k_to_end, 0.0)
     if BY_VALUE:
         return tl.dot(tl.trans(v), k_to_end, acc=state * tl.exp2(total)[None, :], input_precision=PRECISION)
     else:
@@ -106,9 +123,10 @@ def segment_states_kernel(
             num_started += tl.max(document, axis=0)
         else:
             document = 0
-        state = state_after_block(
-            state, k, v, log2_decay, document, start_tile, HAS_STARTS, HAS_START_STATE, True, PRECISION
-        )
+        k_to_end = as_operand(k * decay_over(path_to_end(), split_exponents(log2_decay)), PRECISION)
+        state = state_of_last_document(state, document, start_tile, HAS_STARTS, HAS_START_STATE)
+        total = total_of_last_document(log2_decay, document, HAS_STARTS)
+        state = state_after_block(state, k_to_end, v, total, document, HAS_STARTS, True, PRECISION)
         segment_decay += tl.sum(log2_decay, axis=0)
 
     place = tl.cast(row_head, tl.int64) * num_segments + segment
@@ -150,8 +168,8 @@ def scan_kernel(
 def outputs_kernel(
     receptance, key, value, decay, bonus, starts, start_state, front_states, output, new_state, checkpoints,
     num_tokens, rows_and_heads, heads, num_segments, segment_blocks,
-    HEAD_SIZE: tl.constexpr, VALUE_TILE: tl.constexpr, CHECKPOINT_BLOCKS: tl.constexpr, LEVELS: tl.constexpr,
-    DECAY_IS_RAW: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_START_STATE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, VALUE_TILE: tl.constexpr, CHECKPOINT_BLOCKS: tl.constexpr, CHANNELS: tl.constexpr,
+    LEVELS: tl.constexpr, DECAY_IS_RAW: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_START_STATE: tl.constexpr,
     SAVES_CHECKPOINTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The outputs of each segment from the state it begins with, front_states [B * H, segments, N, N].
@@ -184,8 +202,6 @@ def outputs_kernel(
         r = load_tokens(receptance + here, at_keys, inside)
         k = load_tokens(key + here, at_keys, inside)
         v = v_ahead.to(tl.float32)
-        ahead = block_offset(row, head, block + 1, num_tokens, heads, HEAD_SIZE)
-        v_ahead = tl.load(value + ahead + at_values, mask=tokens_inside(block + 1, num_tokens), other=0.0)
         log2_decay = load_log2_decay(decay + here, at_keys, inside, DECAY_IS_RAW)
         # Not one condition: the first is known to the compiler, the second only on the device.
         if SAVES_CHECKPOINTS:  # noqa: SIM102
@@ -193,27 +209,63 @@ def outputs_kernel(
                 checkpoint = tl.cast(row_head, tl.int64) * num_checkpoints + block // CHECKPOINT_BLOCKS
                 tl.store(checkpoints + checkpoint * HEAD_SIZE * HEAD_SIZE + in_state, state)
 
-        scores = block_scores(r, k, log2_decay, LEVELS, PRECISION)
+        parts = split_exponents(log2_decay)
+        document = 0
+        path_of_queries = path_from_front()
         if HAS_STARTS:
             document = load_document(starts + tl.cast(row, tl.int64) * num_tokens, block, num_tokens)
-            scores = tl.where(document[:, None] == document[None, :], scores, 0.0)
-            r_from_front = as_operand(r * decay_over(path_from_own_start(document), log2_decay), PRECISION)
-            reads = tl.dot(r_from_front, tl.trans(as_operand(state, PRECISION)), input_precision=PRECISION)
-            if HAS_START_STATE:
-                if tl.max(document, axis=0) > 0:
-                    fresh = as_operand(tl.load(start_tile).to(tl.float32), PRECISION)
-                    fresh_reads = tl.dot(r_from_front, tl.trans(fresh), input_precision=PRECISION)
-                    reads = tl.where((document == 0)[:, None], reads, fresh_reads)
-            else:
-                reads = tl.where((document == 0)[:, None], reads, 0.0)
+            path_of_queries = path_from_own_start(document)
+        own = tl.sum(r * k * u[None, :], axis=1)
+        if PRECISION == "tf32":
+            r_from_front = as_operand(r * decay_over(path_of_queries, parts), PRECISION)
+            k_to_end = as_operand(k * decay_over(path_to_end(), parts), PRECISION)
+            total = tl.sum(log2_decay, axis=0)
+            scores = mild_or_any_scores(
+                receptance + here, key + here, decay + here, heads, inside, r_from_front, k_to_end, total, document,
+                HEAD_SIZE, CHANNELS, LEVELS, DECAY_IS_RAW, HAS_STARTS,
+            )  # fmt: skip
         else:
-            document = 0
-            r_from_front = as_operand(r * decay_over(path_from_front(), log2_decay), PRECISION)
-            reads = tl.dot(r_from_front, tl.trans(as_operand(state, PRECISION)), input_precision=PRECISION)
-        y = tl.dot(scores, v, acc=reads, input_precision=PRECISION) + own_score(r, k, u) * v
+            scores = scores_by_levels(
+                receptance + here,
+                key + here,
+                decay + here,
+                heads,
+                inside,
+                HEAD_SIZE,
+                CHANNELS,
+                LEVELS,
+                DECAY_IS_RAW,
+                PRECISION,
+            )
+            r_from_front = r * decay_over(path_of_queries, parts)
+        scores = finish_scores(scores, own, document, HAS_STARTS, PRECISION)
+        # [values, tokens]: with the state on the left, Hopper's own matrix instructions can take it.
+        if HAS_STARTS and HAS_START_STATE and PRECISION != "tf32":
+            reads = tl.zeros((VALUE_TILE, BLOCK_TOKENS), tl.float32)
+            # One product in a loop: two would keep the three parts of what they share. It costs the fetching ahead.
+            for is_fresh in tl.range(0, tl.where(tl.max(document, axis=0) > 0, 2, 1), num_stages=1):
+                if is_fresh == 1:
+                    state = tl.load(start_tile).to(tl.float32)
+                found = tl.dot(state, tl.trans(r_from_front), input_precision=PRECISION)
+                reads = tl.where(((document > 0) == (is_fresh == 1))[None, :], found, reads)
+        else:
+            reads = as_operand(tl.dot(state, tl.trans(r_from_front), input_precision=PRECISION), PRECISION)
+            if HAS_STARTS:
+                if HAS_START_STATE:
+                    if tl.max(document, axis=0) > 0:
+                        state = tl.load(start_tile).to(tl.float32)
+                        fresh_reads = tl.dot(state, tl.trans(r_from_front), input_precision=PRECISION)
+                        reads = tl.where((document == 0)[None, :], reads, as_operand(fresh_reads, PRECISION))
+                else:
+                    reads = tl.where((document == 0)[None, :], reads, 0.0)
+                    state = tl.where(tl.max(document, axis=0) > 0, 0.0, state)
+        y = tl.trans(tl.dot(tl.trans(v), tl.trans(scores), acc=reads, input_precision=PRECISION))
         tl.store(output + here + at_values, y.to(output.dtype.element_ty), mask=inside)
-        state = state_after_block(
-            state, k, v, log2_decay, document, start_tile, HAS_STARTS, HAS_START_STATE, True, PRECISION
-        )
+        if PRECISION != "tf32":
+            k_to_end = k * decay_over(path_to_end(), parts)
+        total = total_of_last_document(log2_decay, document, HAS_STARTS)
+        state = state_after_block(state, k_to_end, v, total, document, HAS_STARTS, True, PRECISION)
+        ahead = block_offset(row, head, block + 1, num_tokens, heads, HEAD_SIZE)
+        v_ahead = tl.load(value + ahead + at_values, mask=tokens_inside(block + 1, num_tokens), other=0.0)
     if segment == num_segments - 1:
         tl.store(new_state + tl.cast(row_head, tl.int64) * HEAD_SIZE * HEAD_SIZE + in_state, state)

@@ -27,11 +27,17 @@ SPAN_TOKENS = 256
 SMALLEST_SEGMENT_TOKENS = 512
 # So many programs of 128 threads fit, by their registers; segments are cut until the device is full.
 PROGRAMS_PER_MULTIPROCESSOR = 2
-NUM_WARPS = 4
+# Of the kernels that make and scan the states of segments.
+STATE_WARPS = 4
 # A block takes longer than its loads: two stages of them are enough, and take fewer registers than three. Fused
 # multiplications and additions because the sums are made of them; Triton 3.9 warns where nobody says so.
-COMPILER_OPTIONS = {"num_warps": NUM_WARPS, "num_stages": 2, "enable_fp_fusion": True}
+COMPILER_OPTIONS = {"num_stages": 2, "enable_fp_fusion": True}
 HOPPER = 9
+# The runs of `key_gradients_kernel`, by whether they are split.
+KEY_PARTS = {
+    False: ({"WITH_STATE": True, "WITH_PAIRS": True},),
+    True: ({"WITH_STATE": True, "WITH_PAIRS": False}, {"WITH_STATE": False, "WITH_PAIRS": True}),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,13 +46,19 @@ class Tiles:
 
     values: value channels of a program that holds all key channels of the state.
     keys: key channels of a program that holds all value channels of the state and of its gradient.
-    levels: how many levels of a block's halves are multiplied at once.
+    channels, levels: how many channels and levels of a block's halves are multiplied at once.
+    walk_warps, key_warps: of the programs that walk through segments, and of those for a tile of keys.
+    splits_keys: whether what goes through states and what stays in a block are separate runs for a tile of keys.
     precision: of the matrix products, in Triton's words.
     """
 
     values: int
     keys: int
+    channels: int
     levels: int
+    walk_warps: int
+    key_warps: int
+    splits_keys: bool
     precision: str
 
 
@@ -61,22 +73,32 @@ class LaunchPlan:
     span_tokens: int
 
 
-def choose_tiles(*, head_size: int, dtype: torch.dtype, compute_capability: int) -> Tiles:
-    """The largest tiles that fit into registers, or nearly; tests/kernels/cross_compile.py shows what they take.
+def choose_tiles(*, head_size: int, dtype: torch.dtype, has_starts: bool, compute_capability: int) -> Tiles:
+    """The fastest tiles that fit into registers; tests/kernels/cross_compile.py shows what they take.
 
     Larger ones share more work: the scores of a block are made again by every program of a tile of values.
     """
+    # Hopper's own matrix instructions take 64 rows; elsewhere those would take too many registers.
+    takes_64 = compute_capability == HOPPER and head_size == 64
     if dtype == torch.float32:
-        return Tiles(values=min(head_size, 32), keys=min(head_size, 32), levels=2, precision="tf32x3")
-    # Hopper's own matrix instructions take the 64 x 64 state; elsewhere its product would be split the wrong way.
-    values = min(head_size, 64 if compute_capability == HOPPER and head_size == 64 else 32)
-    return Tiles(values=values, keys=min(head_size, 32), levels=4, precision="tf32")
+        return Tiles(
+            values=64 if takes_64 and not has_starts else min(head_size, 32), keys=min(head_size, 32),
+            channels=min(head_size, 32), levels=4 if takes_64 else 2, walk_warps=8, key_warps=8, splits_keys=True,
+            precision="tf32x3",
+        )  # fmt: skip
+    rows = 64 if takes_64 else min(head_size, 32)
+    # Two warps for a head size of 16: Triton 3.9 fails to compile value_gradients_kernel with starts for four.
+    return Tiles(
+        values=rows, keys=rows, channels=min(head_size, 64), levels=4, walk_warps={16: 2, 128: 8}.get(head_size, 4),
+        key_warps=8 if rows == 64 or head_size == 128 or (has_starts and head_size == 64) else 4,
+        splits_keys=head_size in (16, 128), precision="tf32",
+    )  # fmt: skip
 
 
 def plan_launch(*, programs: int, num_tokens: int, num_multiprocessors: int) -> LaunchPlan:
     """Cut into segments where the programs of one segment do not fill the device; depends on sizes only.
 
-    programs: rows times heads times tiles.
+    programs: rows times heads times tiles, as programs of 128 threads.
     """
     wanted = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors
     # Segments need a pass before them: not worth it for the last half of the device.
@@ -112,10 +134,12 @@ def wkv6_triton(
     device = receptance.device
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     if tiles is None:
-        tiles = choose_tiles(head_size=head_size, dtype=receptance.dtype, compute_capability=capability)
+        tiles = choose_tiles(
+            head_size=head_size, dtype=receptance.dtype, has_starts=starts is not None, compute_capability=capability
+        )
     if plan is None:
         plan = plan_launch(
-            programs=rows * heads * (head_size // tiles.values), num_tokens=num_tokens,
+            programs=rows * heads * (head_size // tiles.values) * tiles.walk_warps // 4, num_tokens=num_tokens,
             num_multiprocessors=_num_multiprocessors(device),
         )  # fmt: skip
     inputs = (receptance, key, value, decay, bonus, state, start_state)
@@ -186,7 +210,8 @@ def _scan(launch: _Launch, initial: Tensor, states: Tensor, decays: Tensor, *, r
     grid = (launch.rows * launch.heads * (launch.head_size // tile),)
     scan_kernel[grid](
         initial, states, decays, launch.num_segments,
-        HEAD_SIZE=launch.head_size, KEY_TILE=tile, REVERSE=reverse, **COMPILER_OPTIONS,
+        HEAD_SIZE=launch.head_size, KEY_TILE=tile, REVERSE=reverse, num_warps=STATE_WARPS,
+        **COMPILER_OPTIONS,
     )  # fmt: skip
 
 
@@ -222,7 +247,7 @@ class _Wkv6Triton(torch.autograd.Function):
         )  # fmt: skip
         switches = dict(
             HEAD_SIZE=head_size, VALUE_TILE=tiles.values, DECAY_IS_RAW=decay_is_raw, HAS_STARTS=has_starts,
-            HAS_START_STATE=has_start_state, PRECISION=launch.tiles.precision, **COMPILER_OPTIONS,
+            HAS_START_STATE=has_start_state, PRECISION=tiles.precision, **COMPILER_OPTIONS,
         )  # fmt: skip
         output, new_state = torch.empty_like(receptance), torch.empty_like(state)
         checkpoints = launch.states(launch.num_checkpoints, state) if keeps_states else state
@@ -232,14 +257,16 @@ class _Wkv6Triton(torch.autograd.Function):
                 front_states = launch.states(launch.num_segments, state)
                 decays = _segment_decays(launch, state)
                 segment_states_kernel[launch.walk_grid](
-                    key, value, decay, starts, start_state, front_states, decays, *launch.walk_sizes, **switches
-                )
+                    key, value, decay, starts, start_state, front_states, decays, *launch.walk_sizes,
+                    num_warps=STATE_WARPS, **switches,
+                )  # fmt: skip
                 _scan(launch, state, front_states, decays, reverse=False)
             outputs_kernel[launch.walk_grid](
                 receptance, key, value, decay, bonus, starts, start_state, front_states, output, new_state,
                 checkpoints, *launch.walk_sizes,
-                CHECKPOINT_BLOCKS=plan.checkpoint_tokens // BLOCK_TOKENS.value, LEVELS=tiles.levels,
-                SAVES_CHECKPOINTS=keeps_states, **switches,
+                CHECKPOINT_BLOCKS=plan.checkpoint_tokens // BLOCK_TOKENS.value, CHANNELS=tiles.channels,
+                LEVELS=tiles.levels, SAVES_CHECKPOINTS=keeps_states, num_warps=tiles.walk_warps,
+                **switches,
             )  # fmt: skip
         if keeps_states:
             ctx.save_for_backward(receptance, key, value, decay, bonus, starts, start_state, checkpoints)
@@ -252,7 +279,10 @@ class _Wkv6Triton(torch.autograd.Function):
         receptance, key, value, decay, bonus, starts, start_state, checkpoints = ctx.saved_tensors
         launch: _Launch = ctx.launch
         d_output, d_new_state = d_output.contiguous(), d_new_state.contiguous()
-        d_receptance, d_key, d_value, d_decay = (torch.empty_like(x) for x in (receptance, key, value, decay))
+        # A second run adds to the first one's results: they must not be rounded before.
+        of_keys = torch.float32 if launch.tiles.splits_keys else None
+        d_receptance, d_key, d_decay = (torch.empty_like(x, dtype=of_keys) for x in (receptance, key, decay))
+        d_value = torch.empty_like(value)
         d_state = torch.empty_like(d_new_state)
         span_gradients = launch.states(launch.num_spans, d_state)
         bonus_shape = (launch.rows, launch.heads, launch.num_spans, launch.head_size)
@@ -280,25 +310,29 @@ class _Wkv6Triton(torch.autograd.Function):
                     decays,
                     *sizes,
                     VALUE_TILE=tiles.values,
+                    num_warps=STATE_WARPS,
                     **switches,
                 )
                 _scan(launch, d_new_state, end_gradients, decays, reverse=True)
             value_gradients_kernel[launch.walk_grid](
                 receptance, key, decay, bonus, starts, d_output, end_gradients, d_value, d_state, d_start_state,
                 span_gradients, *sizes,
-                VALUE_TILE=tiles.values, SPAN_BLOCKS=span_blocks, LEVELS=tiles.levels,
-                HAS_START_STATE=wants_start_state, **switches,
+                VALUE_TILE=tiles.values, SPAN_BLOCKS=span_blocks, CHANNELS=tiles.channels, LEVELS=tiles.levels,
+                HAS_START_STATE=wants_start_state, num_warps=tiles.walk_warps, **switches,
             )  # fmt: skip
             grid = (launch.head_size // tiles.keys * launch.rows * launch.heads * launch.num_spans,)
-            key_gradients_kernel[grid](
-                receptance, key, value, decay, bonus, starts, start_state, d_output, checkpoints, span_gradients,
-                d_receptance, d_key, d_decay, d_bonus, *sizes[:3],
-                KEY_TILE=tiles.keys, CHECKPOINT_BLOCKS=launch.plan.checkpoint_tokens // BLOCK_TOKENS.value,
-                SPAN_BLOCKS=span_blocks, HAS_START_STATE=launch.has_start_state, **switches,
-            )  # fmt: skip
+            for parts in KEY_PARTS[tiles.splits_keys]:
+                key_gradients_kernel[grid](
+                    receptance, key, value, decay, bonus, starts, start_state, d_output, checkpoints, span_gradients,
+                    d_receptance, d_key, d_decay, d_bonus, *sizes[:3],
+                    KEY_TILE=tiles.keys, CHECKPOINT_BLOCKS=launch.plan.checkpoint_tokens // BLOCK_TOKENS.value,
+                    SPAN_BLOCKS=span_blocks, HAS_START_STATE=launch.has_start_state, num_warps=tiles.key_warps,
+                    **parts, **switches,
+                )  # fmt: skip
         d_start = None
         if wants_start_state:
             by_row = d_start_state.view(launch.rows, launch.heads, *d_start_state.shape[1:])
             d_start = by_row.sum((0, 2)).to(start_state.dtype)
         d_bonus = d_bonus.sum((0, 2)).to(bonus.dtype)
+        d_receptance, d_key, d_decay = d_receptance.to(receptance.dtype), d_key.to(key.dtype), d_decay.to(decay.dtype)
         return d_receptance, d_key, d_value, d_decay, d_bonus, d_state, d_start, None, None, None, None, None
