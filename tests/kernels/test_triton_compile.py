@@ -25,7 +25,7 @@ CASES = [
     for starts in ("none", "starts")
 ]
 CASES += ["64:fp16:raw:starts:90", "64:bf16:log:none:90", "16:bf16:raw:starts:90", "32:bf16:raw:starts:80"]
-CASES += ["128:bf16:raw:starts:90"]
+CASES += ["128:bf16:raw:starts:90", "64:fp32:log:starts:80", "32:fp32:raw:starts:90", "32:bf16:raw:none:90"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

@@ -82,15 +82,17 @@ def choose_tiles(*, head_size: int, dtype: torch.dtype, has_starts: bool, comput
     takes_64 = compute_capability == HOPPER and head_size == 64
     if dtype == torch.float32:
         return Tiles(
-            values=64 if takes_64 and not has_starts else min(head_size, 32), keys=min(head_size, 32),
-            channels=min(head_size, 32), levels=4 if takes_64 else 2, walk_warps=8, key_warps=8, splits_keys=True,
+            values=64 if takes_64 and not has_starts else min(head_size, 16 if has_starts else 32),
+            keys=min(head_size, 32), channels=16 if takes_64 and has_starts else min(head_size, 32),
+            levels=4 if takes_64 and not has_starts else 2,
+            walk_warps=8, key_warps=8, splits_keys=True,
             precision="tf32x3",
         )  # fmt: skip
     rows = 64 if takes_64 else min(head_size, 32)
     # Two warps for a head size of 16: Triton 3.9 fails to compile value_gradients_kernel with starts for four.
     return Tiles(
         values=rows, keys=rows, channels=min(head_size, 64), levels=4, walk_warps={16: 2, 128: 8}.get(head_size, 4),
-        key_warps=8 if rows == 64 or head_size == 128 or (has_starts and head_size == 64) else 4,
+        key_warps=8 if rows == 64 or head_size in (32, 128) or (has_starts and head_size == 64) else 4,
         splits_keys=head_size in (16, 128), precision="tf32",
     )  # fmt: skip
 
