@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infctx_kernels import Backend, BackendError, choose_backend, wkv6, wkv6_from_raw_decay
-from infctx_kernels.cpu import library
+from infctx_kernels import BackendError, choose_backend, wkv6, wkv6_from_raw_decay
 
 CPU = torch.device("cpu")
 # "never forgets" to "forgets everything", and mixed in one channel, so that some channels decay inside a sweep's loop.
@@ -278,11 +277,6 @@ def test_a_cache_others_can_write_to_is_not_used(tmp_path: Path) -> None:
     assert start(tmp_path, TMPDIR=str(private)).communicate()[0] == "cpp None\n"
     assert not list(shared.iterdir())
     assert list(private.glob("infctx_kernels-*/*/kernels.so"))
-
-
-def test_the_loaded_library_is_kept() -> None:
-    assert library.load_library() is library.load_library()
-    assert Backend.CPP == "cpp"
 
 
 @pytest.mark.parametrize("raw_range", [(-6.0, 1.0), (1.0, 3.0)])

@@ -287,14 +287,16 @@ void read_transposed(const float* from, int64_t size, int64_t padded, float* to)
 
 void clear(float* x, int64_t count) { std::memset(x, 0, count * sizeof(float)); }
 
-// Float buffers of one task, aligned to a vector and zeroed.
+// Float buffers of one task, aligned to a vector. Padding must be zero.
 class Buffers {
     float* memory;
     int64_t used = 0;
 
    public:
-    explicit Buffers(int64_t count) : memory((float*)std::aligned_alloc(64, (count * 4 + 63) / 64 * 64)) {
-        if (memory) clear(memory, count);
+    // `zeroed` floats, and behind them as many as the task writes before it reads them: those are not touched here.
+    explicit Buffers(int64_t zeroed, int64_t written = 0)
+        : memory((float*)std::aligned_alloc(64, ((zeroed + written) * 4 + 63) / 64 * 64)) {
+        if (memory) clear(memory, zeroed);
     }
     ~Buffers() { std::free(memory); }
     Buffers(const Buffers&) = delete;
@@ -420,8 +422,8 @@ struct Backward {
         const int64_t num_blocks = (int64_t)blocks.size();
         const int64_t num_kept = (num_blocks + BLOCKS_BETWEEN_STATES - 1) / BLOCKS_BETWEEN_STATES;
         const int64_t width = last - first, real = std::min(last, s.size) - first;
-        Buffers memory(num_kept * padded * width + s.tokens * (width + 1) + 3 * square + 8 * block + 3 * padded +
-                       ROWS_OF_DECAYS * padded);
+        Buffers memory(3 * square + 8 * block + 3 * padded + ROWS_OF_DECAYS * padded,
+                       num_kept * padded * width + s.tokens * (width + 1));
         if (!memory.ok()) return false;
         Work w;
         for (float** rows : {&w.r, &w.k, &w.v, &w.g, &w.scaled_r, &w.scaled_k, &w.y, &w.y2}) *rows = memory.take(block);
