@@ -112,11 +112,11 @@ def choose_backend(
         if device.type == "cpu" and chosen is not Backend.CPP and (reason := library.why_not()) is not None:
             _say_once(reason)
         return chosen
-    refusals = {backend: RUNS_ON[backend](device, head_size, dtype) for backend in FASTEST_FIRST}
-    names = ", ".join(backend for backend in FASTEST_FIRST if refusals[backend] is None)
-    if wanted not in set(Backend):
+    # Asked for at every call: the others are looked at, which may take importing Triton, only for an error.
+    refusal = RUNS_ON[Backend(wanted)](device, head_size, dtype) if wanted in set(Backend) else None
+    if wanted in set(Backend) and refusal is None:
+        return Backend(wanted)
+    names = ", ".join(backend for backend in FASTEST_FIRST if RUNS_ON[backend](device, head_size, dtype) is None)
+    if refusal is None:
         raise BackendError(f"backend {wanted!r} does not exist. Usable on {device}: {names}.")
-    backend = Backend(wanted)
-    if refusals[backend] is not None:
-        raise BackendError(f"backend {wanted!r} cannot run on {device}: {refusals[backend]}. Usable here: {names}.")
-    return backend
+    raise BackendError(f"backend {wanted!r} cannot run on {device}: {refusal}. Usable here: {names}.")

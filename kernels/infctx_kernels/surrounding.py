@@ -79,14 +79,13 @@ def choose_surrounding(
     if wanted is None:
         candidates = [b for b in FASTEST_FIRST if b is not SurroundingBackend.TRITON or device.type == "cuda"]
         return next(backend for backend in candidates if RUNS_ON[backend](device, dtypes) is None)
-    refusals = {backend: RUNS_ON[backend](device, dtypes) for backend in FASTEST_FIRST}
-    names = ", ".join(backend for backend in FASTEST_FIRST if refusals[backend] is None)
-    if wanted not in set(SurroundingBackend):
+    refusal = RUNS_ON[SurroundingBackend(wanted)](device, dtypes) if wanted in set(SurroundingBackend) else None
+    if wanted in set(SurroundingBackend) and refusal is None:
+        return SurroundingBackend(wanted)
+    names = ", ".join(backend for backend in FASTEST_FIRST if RUNS_ON[backend](device, dtypes) is None)
+    if refusal is None:
         raise BackendError(f"backend {wanted!r} does not exist. Usable on {device}: {names}.")
-    backend = SurroundingBackend(wanted)
-    if refusals[backend] is not None:
-        raise BackendError(f"backend {wanted!r} cannot run on {device}: {refusals[backend]}. Usable here: {names}.")
-    return backend
+    raise BackendError(f"backend {wanted!r} cannot run on {device}: {refusal}. Usable here: {names}.")
 
 
 def check_tensors(

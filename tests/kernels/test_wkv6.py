@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infctx_kernels import Backend, BackendError, choose_backend, wkv6, wkv6_from_raw_decay
+from infctx_kernels import Backend, BackendError, choose_backend, dispatch, wkv6, wkv6_from_raw_decay
 
 # Triton has tests of its own: its interpreter is slow, and wants heads of 16 and more.
 BACKENDS = [str(backend) for backend in Backend if backend is not Backend.TRITON]
@@ -327,3 +327,14 @@ def test_triton_is_there_for_whoever_asks() -> None:
 def test_triton_is_not_chosen_on_a_cpu() -> None:
     # Its interpreter is on here, and a thousand times slower than anything else.
     assert choose_backend(None, device=torch.device("cpu"), head_size=64) != Backend.TRITON
+
+
+def test_a_backend_asked_for_does_not_look_at_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    # It is asked for at every call of a run, and looking at Triton imports it.
+    def looked(*_: object) -> None:
+        raise AssertionError("looked at Triton")
+
+    monkeypatch.setitem(dispatch.RUNS_ON, Backend.TRITON, looked)
+    device = torch.device("cpu")
+    assert choose_backend("torch", device=device, head_size=64) == Backend.TORCH
+    assert choose_backend(None, device=device, head_size=64) == Backend.CPP
