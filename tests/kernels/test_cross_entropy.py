@@ -191,6 +191,44 @@ def test_of_equal_largest_logits_the_first_is_held_back(backend: str) -> None:
     torch.testing.assert_close(difference.cpu(), expected, rtol=1e-6, atol=1e-6)
 
 
+def dtypes_and_backends(dtypes: list[torch.dtype]) -> list:
+    """Every dtype with every backend that takes it."""
+    return [pytest.param(dtype, *b.values, marks=b.marks) for dtype in dtypes for b in backends(dtype)]
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("l2_wrap", [0.0, L2_WRAP])
+@pytest.mark.parametrize(("dtype", "backend"), dtypes_and_backends([torch.float32, torch.float64, torch.bfloat16]))
+def test_the_terms_beside_the_sum(dtype: torch.dtype, backend: str, l2_wrap: float) -> None:
+    """One for each token, of torch's cross entropy in float64; sum and gradients keep their bits."""
+    hidden, head, targets, weight = make_inputs(7, 37)
+    # Few digits: every dtype holds the logits exactly.
+    hidden, head = ((x * 4).round() / 4 for x in (hidden, head))
+    hidden[:, 0], head[:, 0] = 1.0, torch.arange(37) / 16
+    weight = weight.float().double()
+    weight[[0, 4]] = 0.0
+    hidden[4] = torch.nan
+    inputs = (hidden, head, targets, weight)
+    plain = run(inputs, backend, dtype, l2_wrap=l2_wrap)
+    logits = hidden @ head.t()
+    losses = F.cross_entropy(logits, targets, reduction="none") + 0.5 * l2_wrap * logits.amax(1) ** 2
+    expected = torch.where(weight == 0, 0.0, losses * weight)
+    hidden, head = (x.to(DEVICE, dtype).requires_grad_() for x in (hidden, head))
+    fixed = {"targets": targets.to(DEVICE), "loss_weight": weight.to(DEVICE, torch.float32), "l2_wrap": l2_wrap}
+    loss, terms = linear_cross_entropy(hidden, head, **fixed, backend=backend, with_token_losses=True)
+    gradients = torch.autograd.grad(loss, (hidden, head), retain_graph=True)
+    found = {"loss": loss.detach(), "d hidden": gradients[0], "d head": gradients[1]}
+    assert all(torch.equal(found[name].cpu(), plain[name]) for name in plain)
+    assert not terms.requires_grad
+    assert (terms.shape, terms.dtype) == ((7,), loss.dtype)
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(terms.cpu().double(), expected, rtol=tolerance, atol=0.0)
+    with torch.no_grad():
+        again, same_terms = linear_cross_entropy(hidden, head, **fixed, backend=backend, with_token_losses=True)
+    assert torch.equal(again, loss)
+    assert torch.equal(same_terms, terms)
+
+
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("backend", backends(torch.float32))

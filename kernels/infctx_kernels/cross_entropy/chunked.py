@@ -66,20 +66,21 @@ class ChunkedLoss(torch.autograd.Function):
         l2_wrap: float,
         rows_at_once: int,
         row_pass: RowPass,
-    ) -> Tensor:
-        wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        loss, grad_hidden, grad_head = loss_and_gradients(
-            hidden, head_weight, targets, loss_weight, l2_wrap, rows_at_once, row_pass, wants_hidden, wants_head
-        )
-        ctx.save_for_backward(grad_hidden, grad_head)
-        return loss
+        wants_tokens: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        fixed = (targets, loss_weight, l2_wrap, rows_at_once, row_pass, wants_tokens)
+        loss, token_losses, *gradients = loss_and_gradients(hidden, head_weight, *fixed, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*gradients)
+        if token_losses is not None:
+            ctx.mark_non_differentiable(token_losses)
+        return loss, token_losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         # Not in place: a graph that is kept is walked a second time.
         grads = [None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors]
-        return *grads, None, None, None, None, None
+        return *grads, *(None,) * 6
 
 
 def loss_and_gradients(
@@ -90,10 +91,11 @@ def loss_and_gradients(
     l2_wrap: float,
     rows_at_once: int,
     row_pass: RowPass,
+    wants_tokens: bool,
     wants_hidden: bool,
     wants_head: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, and of the two gradients those that are wanted, in the dtypes of their tensors.
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The loss; where they are wanted, that of each token and the two gradients, in the dtypes of their tensors.
 
     Args:
         hidden, head_weight, targets, loss_weight, l2_wrap: as in `op.linear_cross_entropy`.
@@ -104,6 +106,7 @@ def loss_and_gradients(
     head = head_weight.to(hidden.dtype)
     counts = loss_weight != 0
     loss = torch.zeros((), dtype=work, device=hidden.device)
+    token_losses = torch.empty(hidden.shape[0], dtype=work, device=hidden.device) if wants_tokens else None
     grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if wants_hidden else None
     grad_head = torch.zeros(head.shape, dtype=work, device=hidden.device) if wants_head else None
     for first in range(0, hidden.shape[0], rows_at_once):
@@ -114,13 +117,15 @@ def loss_and_gradients(
             linear(inputs, head), targets[part], loss_weight[part], l2_wrap, wants_hidden or wants_head
         )
         loss += losses.sum()
+        if token_losses is not None:
+            token_losses[part] = losses
         if grad_hidden is not None:
             grad_hidden[part] = linear(gradient.to(head.dtype), head.t())
         if grad_head is not None:
             _add_product_(grad_head, gradient, inputs)
         # Before the next piece's logits are made: two pieces would be alive.
         del gradient, losses
-    return loss, grad_hidden, None if grad_head is None else grad_head.to(head_weight.dtype)
+    return loss, token_losses, grad_hidden, None if grad_head is None else grad_head.to(head_weight.dtype)
 
 
 def _add_product_(grad_head: Tensor, gradient: Tensor, inputs: Tensor) -> None:

@@ -15,35 +15,45 @@ from infctx_kernels.surrounding import SurroundingBackend, check_float, check_te
 # Logits alive at once: 256 tokens of a World vocabulary.
 LOGITS_AT_ONCE = 2**24
 
+# The sum, and the weighted losses of the tokens where they are wanted.
+Losses = tuple[Tensor, Tensor | None]
+
 
 def _in_pieces(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, loss_weight: Tensor, *, l2_wrap: float, row_pass: RowPass
-) -> Tensor:
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    loss_weight: Tensor,
+    *,
+    l2_wrap: float,
+    wants_tokens: bool,
+    row_pass: RowPass,
+) -> Losses:
     rows_at_once = max(1, LOGITS_AT_ONCE // head_weight.shape[0])
-    fixed = (targets, loss_weight, l2_wrap, rows_at_once, row_pass)
+    fixed = (targets, loss_weight, l2_wrap, rows_at_once, row_pass, wants_tokens)
     if torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad):
         return ChunkedLoss.apply(hidden, head_weight, *fixed)
-    return loss_and_gradients(hidden, head_weight, *fixed, False, False)[0]
+    return loss_and_gradients(hidden, head_weight, *fixed, False, False)[:2]
 
 
-def _torch(hidden: Tensor, head_weight: Tensor, targets: Tensor, loss_weight: Tensor, *, l2_wrap: float) -> Tensor:
-    return _in_pieces(hidden, head_weight, targets, loss_weight, l2_wrap=l2_wrap, row_pass=torch_row_pass)
+def _torch(*tensors: Tensor, l2_wrap: float, wants_tokens: bool) -> Losses:
+    return _in_pieces(*tensors, l2_wrap=l2_wrap, wants_tokens=wants_tokens, row_pass=torch_row_pass)
 
 
-def _triton(hidden: Tensor, head_weight: Tensor, targets: Tensor, loss_weight: Tensor, *, l2_wrap: float) -> Tensor:
+def _triton(*tensors: Tensor, l2_wrap: float, wants_tokens: bool) -> Losses:
     from infctx_kernels.cross_entropy.triton_op import triton_row_pass
 
-    return _in_pieces(hidden, head_weight, targets, loss_weight, l2_wrap=l2_wrap, row_pass=triton_row_pass)
+    return _in_pieces(*tensors, l2_wrap=l2_wrap, wants_tokens=wants_tokens, row_pass=triton_row_pass)
 
 
-def _cpp(hidden: Tensor, head_weight: Tensor, targets: Tensor, loss_weight: Tensor, *, l2_wrap: float) -> Tensor:
+def _cpp(*tensors: Tensor, l2_wrap: float, wants_tokens: bool) -> Losses:
     from infctx_kernels.cross_entropy.cpp_op import cpp_row_pass
 
-    return _in_pieces(hidden, head_weight, targets, loss_weight, l2_wrap=l2_wrap, row_pass=cpp_row_pass)
+    return _in_pieces(*tensors, l2_wrap=l2_wrap, wants_tokens=wants_tokens, row_pass=cpp_row_pass)
 
 
 # Each takes what `linear_cross_entropy` takes, checked.
-RUNNERS: dict[SurroundingBackend, Callable[..., Tensor]] = {
+RUNNERS: dict[SurroundingBackend, Callable[..., Losses]] = {
     SurroundingBackend.TRITON: _triton,
     SurroundingBackend.CPP: _cpp,
     SurroundingBackend.TORCH: _torch,
@@ -59,7 +69,8 @@ def linear_cross_entropy(
     *,
     l2_wrap: float = 0.0,
     backend: str | None = None,
-) -> Float[Tensor, ""]:
+    with_token_losses: bool = False,
+) -> Float[Tensor, ""] | tuple[Float[Tensor, ""], Float[Tensor, " T"]]:
     """Sum over tokens of loss_weight · (cross entropy + l2_wrap / 2 · largest logit²).
 
     The logits, hidden · head_weightᵀ, are computed in hidden's dtype and then treated as float32. Where a gradient is
@@ -75,9 +86,11 @@ def linear_cross_entropy(
         l2_wrap: weight of the penalty that keeps the logits from drifting, >= 0; its gradient goes to the largest
             logit, the first one where several are equal.
         backend: a name of `SurroundingBackend`; None = the fastest that can run here. "reference" holds all logits.
+        with_token_losses: give back the terms of the sum too.
     Returns:
         The sum, float32 (float64 with float64 hidden). Gradients flow into hidden and head_weight, in their dtypes;
-        that of head_weight is summed in float32.
+        that of head_weight is summed in float32. With token losses a pair: the sum, to the same bits, and its terms in
+        its dtype [T], weighted, through which no gradient flows.
     Raises:
         ValueError: a shape, dtype or device is wrong; on the CPU also: a target of a weighted token is no id (elsewhere
             looking would stall the device, and the loss is NaN). BackendError: the backend cannot run here.
@@ -86,7 +99,10 @@ def linear_cross_entropy(
     _check(hidden, head_weight, targets, loss_weight, l2_wrap)
     chosen = choose_surrounding(backend, device=hidden.device, dtypes=(hidden.dtype,))
     with torch.autocast(hidden.device.type, enabled=False):
-        return RUNNERS[chosen](hidden, head_weight, targets, loss_weight, l2_wrap=l2_wrap)
+        loss, token_losses = RUNNERS[chosen](
+            hidden, head_weight, targets, loss_weight, l2_wrap=l2_wrap, wants_tokens=with_token_losses
+        )
+    return loss if token_losses is None else (loss, token_losses)
 
 
 def _check(hidden: Tensor, head_weight: Tensor, targets: Tensor, loss_weight: Tensor, l2_wrap: float) -> None:
