@@ -19,16 +19,12 @@ from infctx.checkpoint.atomic import remove_tree, remove_unfinished, replace_dir
 from infctx.checkpoint.model_file import ModelFile, read_model_file
 from infctx.checkpoint.run_lock import RunLock
 from infctx.checkpoint.run_state import RunState, load_run_state
-from infctx.data.document import Document
-from infctx.data.load import LoadedData, ledger, load_documents, split_tail, split_validation
-from infctx.data.step_source import StepSource
-from infctx.data.stream import DocumentSource, StreamSource
-from infctx.data.tokenizer import tokenizer_by_name, tokenizer_for_vocab
 from infctx.errors import CheckpointError, MachineError, RecipeError, machine_fault
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.recipe.load import load_recipe, recipe_differences, write_recipe
 from infctx.recipe.schema import Recipe
+from infctx.run_data import RunData, data_from_anywhere, open_data, step_source
 from infctx.training.activation_memory import should_recompute
 from infctx.training.boundary_store import BoundaryPlan, choose_store, free_bytes, free_host_bytes, state_bytes
 from infctx.training.bptt import ChunkObjective
@@ -53,20 +49,12 @@ FREE_KEYS = (
     "bptt.activations",
     "bptt.boundaries",
     "bptt.thin_boundaries",
+    "data.cache",
+    "data.workers",
     "run.checkpoint_minutes",
     "run.keep_checkpoints",
 )
 RESULT_KEYS = ("steps", "train_loss", "val_loss", "first_val_loss", "tokens", "folder")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunData:
-    """What a recipe's data section comes to. tokenizer: its name."""
-
-    training: list[Document]
-    validation: list[Document]
-    loaded: LoadedData
-    tokenizer: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,51 +69,6 @@ class TrainedModel:
     tokenizer: str | None
     step: int | None
     skipped: Sequence[str] = ()
-
-
-def open_data(recipe: Recipe, *, model_file: ModelFile) -> RunData:
-    """Read and split the documents for this model.
-
-    Raises:
-        DataError: see `load_documents`; also where nothing says which tokenizer to use.
-    """
-    section = recipe.data
-    name = section.tokenizer
-    if name == "auto":
-        name = model_file.tokenizer or tokenizer_for_vocab(model_file.model.config.vocab_size)
-    elif model_file.tokenizer not in (None, name):
-        raise RecipeError(
-            f"data.tokenizer: expected {model_file.tokenizer}, which the model file records, got {name}. "
-            "Set it to auto."
-        )
-    vocab_size = model_file.model.config.vocab_size
-    tokenizer = tokenizer_by_name(name)
-
-    def load(paths: str | list[str], exclude: Sequence[str]) -> LoadedData:
-        return load_documents(
-            [paths] if isinstance(paths, str) else paths,
-            tokenizer=tokenizer,
-            exclude=exclude,
-            template=section.template,
-            on_bad_row=section.on_bad_row,
-            vocab_size=vocab_size,
-        )
-
-    loaded = load(section.path, section.exclude)
-    training, validation = loaded.documents, []
-    if section.validation_tail is not None:
-        training, validation = split_tail(training, fraction=section.validation_tail)
-    elif isinstance(section.validation, float):
-        training, validation = split_validation(training, fraction=section.validation, seed=recipe.run.seed)
-    elif section.validation is not None:
-        held_out = load(section.validation, [])
-        validation = held_out.documents
-        loaded = LoadedData(
-            documents=loaded.documents,
-            rejected=[*loaded.rejected, *held_out.rejected],
-            tokens_dropped=loaded.tokens_dropped + held_out.tokens_dropped,
-        )
-    return RunData(training=training, validation=validation, loaded=loaded, tokenizer=name)
 
 
 def run_recipe(recipe: Recipe, progress: Progress, *, fresh: bool = False) -> dict[str, Any]:
@@ -165,7 +108,7 @@ def _run_in_folder(recipe: Recipe, parts: _Parts, progress: Progress, folder: Pa
         return {**finished, "already_finished": True}
     remove_unfinished(folder)
     write_recipe(_with_choices(recipe, parts), folder / RECIPE_FILE)
-    _write_json(folder / LEDGER_FILE, account_for(parts.data))
+    _write_json(folder / LEDGER_FILE, parts.data.account())
     # A killed run's boundaries are worth nothing to the next one.
     remove_tree(folder / BOUNDARY_FOLDER)
     try:
@@ -176,13 +119,6 @@ def _run_in_folder(recipe: Recipe, parts: _Parts, progress: Progress, folder: Pa
     result = dict(zip(RESULT_KEYS, values, strict=True))
     _write_json(folder / RESULT_FILE, result)
     return {**result, "already_finished": False}
-
-
-def account_for(data: RunData) -> dict[str, object]:
-    """Where every token of the training data went, and what was held out."""
-    account = ledger(data.training, data.loaded.rejected, dropped=data.loaded.tokens_dropped)
-    held_out = {"documents": len(data.validation), "tokens": sum(len(document) for document in data.validation)}
-    return {**account, "held_out": held_out}
 
 
 def _write_json(path: Path, value: object) -> None:
@@ -337,7 +273,7 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
     model, optimizer_section = parts.model_file.model, recipe.optimizer
     objective, optimizer = _set_up(recipe, parts)
     is_recomputed = _choose_activations(recipe, parts, objective)
-    source = _source(recipe, parts.data.training)
+    source = step_source(recipe, parts.data)
     folder = Path(recipe.run.folder)
     return Run(
         folder=folder,
@@ -347,7 +283,9 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
         backward=parts.engine.backward,
         device=parts.engine.device,
         source=source,
-        validation=parts.data.validation,
+        validation=parts.data.validation or (),
+        set_names=parts.data.set_names,
+        validation_set_names=parts.data.validation.set_names if parts.data.validation else None,
         learning_rate=LearningRate(
             lr=optimizer_section.lr,
             lr_final=optimizer_section.lr if optimizer_section.lr_final is None else optimizer_section.lr_final,
@@ -384,7 +322,7 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
 def _boundaries(recipe: Recipe, model: Finch, data: RunData, device: torch.device) -> BoundaryPlan:
     """Where boundary states go, for the longest window of the run; refuses one that has no room."""
     bptt, folder = recipe.bptt, Path(recipe.run.folder)
-    longest = max(max(len(document) for document in data.training), recipe.data.pack_tokens or 0)
+    longest = max(data.longest, recipe.data.pack_tokens or 0)
     num_chunks = -(-longest // bptt.chunk_tokens) if bptt.window == "document" else bptt.window
     one_state = state_bytes(ModelState.zeros(model.config, recipe.run.rows, dtype=torch.float32, device="meta"))
     plan = BoundaryPlan(is_thinned=bptt.thin_boundaries, folder=folder / BOUNDARY_FOLDER)
@@ -407,7 +345,7 @@ def _choose_activations(recipe: Recipe, parts: _Parts, objective: nn.Module) -> 
     """Whether each layer is computed again in the backward pass."""
     model, wanted = parts.model_file.model, recipe.bptt.activations
     if wanted == "auto":
-        longest = max(len(document) for document in parts.data.training)
+        longest = parts.data.longest
         # A stream has documents one after another, however short.
         chunk = recipe.bptt.chunk_tokens if recipe.data.mode == "stream" else min(recipe.bptt.chunk_tokens, longest)
         model.train()
@@ -437,22 +375,6 @@ def _adapter_writer(adapter: Adapter, folder: Path) -> Callable[[], None]:
     return write
 
 
-def _source(recipe: Recipe, documents: Sequence[Document]) -> StepSource:
-    run = recipe.run
-    shared: dict[str, Any] = {
-        "rows": run.rows,
-        "accumulate": run.accumulate,
-        "chunk_tokens": recipe.bptt.chunk_tokens,
-        "seed": run.seed,
-        "epochs": run.epochs,
-        "steps": run.steps,
-    }
-    if recipe.data.mode == "stream":
-        assert isinstance(recipe.bptt.window, int)
-        return StreamSource(documents, window=recipe.bptt.window, **shared)
-    return DocumentSource(documents, pack_tokens=recipe.data.pack_tokens, **shared)
-
-
 def _headline(recipe: Recipe, parts: _Parts) -> list[str]:
     """What a run is, in words, before it starts."""
     model, data = parts.model_file.model, parts.data
@@ -461,8 +383,8 @@ def _headline(recipe: Recipe, parts: _Parts) -> list[str]:
     name = {"6": "Finch (RWKV-6)", "5.2": "Eagle (RWKV-5.2)"}[config.version]
     kind = "full" if recipe.adapter.kind == "full" else f"LoRA rank {recipe.adapter.rank}"
     documents = f"{len(data.training):,} document{'' if len(data.training) == 1 else 's'}"
-    train_tokens = sum(len(document) for document in data.training)
-    held_out = sum(len(document) for document in data.validation)
+    train_tokens = data.training.num_tokens
+    held_out = data.validation.num_tokens if data.validation else 0
     rejected = f", {len(data.loaded.rejected):,} rows skipped" if data.loaded.rejected else ""
     return [
         f"model      {name}, {config.n_layer} layers × {config.n_embd} channels, "
@@ -493,13 +415,10 @@ def _from_anywhere(recipe: Recipe) -> Recipe:
         path = os.path.expanduser(path)
         return path if path.startswith("{") else os.path.abspath(path)
 
-    data = recipe.data
-    paths = located(data.path) if isinstance(data.path, str) else [located(path) for path in data.path]
-    validation = located(data.validation) if isinstance(data.validation, str) else data.validation
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"path": located(recipe.model.path)}),
-            "data": data.model_copy(update={"path": paths, "validation": validation}),
+            "data": data_from_anywhere(recipe.data),
             "run": recipe.run.model_copy(update={"folder": os.path.expanduser(recipe.run.folder)}),
         }
     )

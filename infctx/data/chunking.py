@@ -1,6 +1,7 @@
 """Rows of tokens, cut into the chunks that the model sees one after another.
 
-Rows are kept small (7 bytes a token); a chunk is cut when it is asked for, so that a long document costs no more.
+Rows are kept small (7 bytes a token, 8 in a mixture of sets); a chunk is cut when it is asked for, so that a long
+document costs no more.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 
 from infctx.data.document import Document
+from infctx.data.document_set import DocumentSet
+
+COUNTED_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -27,6 +31,8 @@ class RowSlice:
         weights: float32 [n], the weight of each target.
         starts: bool [n], True at a document's first token.
         origins: of the documents it holds a part of.
+        sets: uint8 [n], the set of each token, and of its target where that has a weight: both are of one document.
+            None = all of set 0.
     """
 
     tokens: npt.NDArray[np.integer]
@@ -34,6 +40,7 @@ class RowSlice:
     weights: npt.NDArray[np.float32]
     starts: npt.NDArray[np.bool_]
     origins: tuple[str, ...] = ()
+    sets: npt.NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -42,6 +49,20 @@ class RowSlice:
     def weight_total(self) -> float:
         """The sum of the weights, in float64."""
         return float(self.weights.sum(dtype=np.float64))
+
+    def totals_by_set(self, num_sets: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """Of each set, its tokens and the sum of their targets' weights, in float64."""
+        num_tokens = np.zeros(num_sets, dtype=np.int64)
+        weights = np.zeros(num_sets, dtype=np.float64)
+        if self.sets is None:
+            num_tokens[0], weights[0] = len(self), self.weight_total
+            return num_tokens, weights
+        # In parts: bincount makes copies in int64 and float64 of what it counts.
+        for begin in range(0, len(self), COUNTED_AT_ONCE):
+            part = slice(begin, begin + COUNTED_AT_ONCE)
+            num_tokens += np.bincount(self.sets[part], minlength=num_sets)
+            weights += np.bincount(self.sets[part], weights=self.weights[part], minlength=num_sets)
+        return num_tokens, weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -55,6 +76,8 @@ class Chunk:
         starts: bool [B, T], or None when no document starts in this chunk.
         index: counted from the step's first chunk.
         has_loss: whether any weight is not 0; known here so that nobody has to ask the device.
+        sets: uint8 [B, T], the set of each token and of its target, 0 on padding; None where there is one set only.
+        num_sets: there are.
     """
 
     tokens: Tensor
@@ -63,6 +86,8 @@ class Chunk:
     starts: Tensor | None
     index: int
     has_loss: bool
+    sets: Tensor | None = None
+    num_sets: int = 1
 
     def to(self, device: torch.device) -> Chunk:
         """The chunk on a device."""
@@ -72,6 +97,7 @@ class Chunk:
             targets=self.targets.to(device, non_blocking=True),
             loss_weight=self.loss_weight.to(device, non_blocking=True),
             starts=None if self.starts is None else self.starts.to(device, non_blocking=True),
+            sets=None if self.sets is None else self.sets.to(device, non_blocking=True),
         )
 
 
@@ -121,12 +147,14 @@ class RowChunks(CutWhenAsked):
         num_tokens: length of the rows with their padding on the right.
         chunk_tokens: tokens in a chunk; the last may be shorter.
         piece_tokens: a chunk is given in pieces of at most so many tokens; chunk_tokens = whole.
+        num_sets: that documents may come from; with more than one the chunks tell the sets.
     """
 
     rows: Sequence[RowSlice]
     num_tokens: int
     chunk_tokens: int
     piece_tokens: int
+    num_sets: int = 1
 
     @property
     def pieces_per_chunk(self) -> int:
@@ -142,7 +170,7 @@ class RowChunks(CutWhenAsked):
         chunk, piece = divmod(index, self.pieces_per_chunk)
         begin = chunk * self.chunk_tokens + piece * self.piece_tokens
         end = min(begin + self.piece_tokens, (chunk + 1) * self.chunk_tokens, self.num_tokens)
-        return _cut(self.rows, begin, end, index=index)
+        return _cut(self.rows, begin, end, index=index, num_sets=self.num_sets)
 
 
 def join_pieces(pieces: Iterable[tuple[Document, int]], *, num_tokens: int) -> RowSlice:
@@ -165,12 +193,16 @@ def join_pieces(pieces: Iterable[tuple[Document, int]], *, num_tokens: int) -> R
     ahead_tokens = np.zeros(length + 1, dtype=id_type)
     ahead_weights = np.zeros(length + 1, dtype=np.float32)
     starts = np.zeros(length, dtype=np.bool_)
+    has_sets = any(document.set_index for document, _, _ in kept)
+    sets = np.zeros(length, dtype=np.uint8) if has_sets else None
     place = 0
     for document, begin, end in kept:
         stop = place + end - begin
         ahead_tokens[place:stop] = document.tokens[begin:end]
         ahead_weights[place:stop] = document.weights[begin:end]
         starts[place] = begin == 0
+        if sets is not None:
+            sets[place:stop] = document.set_index
         place = stop
     length = min(length, num_tokens)
     return RowSlice(
@@ -180,35 +212,46 @@ def join_pieces(pieces: Iterable[tuple[Document, int]], *, num_tokens: int) -> R
         starts=starts[:length],
         # The last may be there for its first token alone, which is a target and no input.
         origins=tuple(document.origin for document, _, _ in kept),
+        sets=sets[:length] if sets is not None else None,
     )
 
 
-def chunk_rows(rows: Sequence[RowSlice], *, chunk_tokens: int, min_tokens: int = 0) -> ChunkSequence:
+def chunk_rows(rows: Sequence[RowSlice], *, chunk_tokens: int, min_tokens: int = 0, num_sets: int = 1) -> ChunkSequence:
     """Pad the rows on the right to one length and cut them every `chunk_tokens` tokens; the last chunk may be shorter.
 
-    Args: min_tokens: pad to at least this length, so that groups on other ranks get the same number of chunks.
+    Args:
+        min_tokens: pad to at least this length, so that groups on other ranks get the same number of chunks.
+        num_sets: that documents may come from; with more than one the chunks tell the sets.
     """
     assert rows, "a group has no rows"
     assert chunk_tokens >= 1, f"chunk_tokens={chunk_tokens}"
+    if num_sets > 1:
+        last = max((int(row.sets.max(initial=0)) for row in rows if row.sets is not None), default=0)
+        assert last < num_sets, f"a document of set {last} in a mixture of {num_sets}"
     length = max(min_tokens, *(len(row) for row in rows))
     return ChunkSequence(
-        chunks=RowChunks(rows=rows, num_tokens=length, chunk_tokens=chunk_tokens, piece_tokens=chunk_tokens),
+        chunks=RowChunks(
+            rows=rows, num_tokens=length, chunk_tokens=chunk_tokens, piece_tokens=chunk_tokens, num_sets=num_sets
+        ),
         weight_total=sum(row.weight_total for row in rows),
         num_tokens=sum(len(row) for row in rows),
         origins=tuple(dict.fromkeys(origin for row in rows for origin in row.origins)),
     )
 
 
-def _cut(rows: Sequence[RowSlice], begin: int, end: int, *, index: int) -> Chunk:
+def _cut(rows: Sequence[RowSlice], begin: int, end: int, *, index: int, num_sets: int) -> Chunk:
     shape = (len(rows), end - begin)
     tokens, targets = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     weights, starts = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.bool_)
+    sets = np.zeros(shape, dtype=np.uint8) if num_sets > 1 else None
     for number, row in enumerate(rows):
         num_real = max(0, min(end, len(row)) - begin)
         tokens[number, :num_real] = row.tokens[begin:end]
         targets[number, :num_real] = row.targets[begin:end]
         weights[number, :num_real] = row.weights[begin:end]
         starts[number, :num_real] = row.starts[begin:end]
+        if sets is not None and row.sets is not None:
+            sets[number, :num_real] = row.sets[begin:end]
     return Chunk(
         tokens=torch.from_numpy(tokens),
         targets=torch.from_numpy(targets),
@@ -216,13 +259,19 @@ def _cut(rows: Sequence[RowSlice], begin: int, end: int, *, index: int) -> Chunk
         starts=torch.from_numpy(starts) if starts.any() else None,
         index=index,
         has_loss=bool(weights.any()),
+        sets=torch.from_numpy(sets) if sets is not None else None,
+        num_sets=num_sets,
     )
 
 
-def validation_batches(documents: Sequence[Document], *, rows: int, chunk_tokens: int) -> Iterator[ChunkSequence]:
+def validation_batches(
+    documents: Sequence[Document], *, rows: int, chunk_tokens: int, num_sets: int = 1
+) -> Iterator[ChunkSequence]:
     """Give every document whole and from a fresh state, `rows` at a time, shortest first so that little is padded."""
-    by_length = sorted(documents, key=len)
+    lengths = documents.lengths.tolist() if isinstance(documents, DocumentSet) else [len(one) for one in documents]
+    by_length = sorted(range(len(documents)), key=lengths.__getitem__)
     for begin in range(0, len(by_length), rows):
-        group = by_length[begin : begin + rows]
+        # One group of documents at a time: all of them may be more than fits the memory.
+        group = [documents[place] for place in by_length[begin : begin + rows]]
         slices = [join_pieces([(document, 0)], num_tokens=len(document)) for document in group]
-        yield chunk_rows(slices, chunk_tokens=chunk_tokens)
+        yield chunk_rows(slices, chunk_tokens=chunk_tokens, num_sets=num_sets)

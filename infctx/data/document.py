@@ -16,11 +16,13 @@ class Document:
         tokens: ids [n], n >= 1; uint16 where every id fits, else int32.
         weights: float32 [n], the weight of each token as a target. weights[0] is 0: nothing predicts the first token.
         origin: "file.jsonl:12".
+        set_index: of the set of a mixture that it comes from.
     """
 
     tokens: TokenIds
     weights: npt.NDArray[np.float32]
     origin: str
+    set_index: int = 0
 
     def __post_init__(self) -> None:
         assert self.tokens.ndim == 1, f"{self.origin}: tokens of shape {self.tokens.shape}"

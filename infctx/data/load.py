@@ -1,29 +1,176 @@
-"""Files to documents, with every row that was not usable; the validation split; and the ledger of tokens."""
+"""The sets of a run as documents: read at once where they are small, through a prepared cache where they are not."""
 
-import math
+from __future__ import annotations
+
+import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
-from infctx.data.document import Document
-from infctx.data.sources import Rejection, expand_paths, read_records
-from infctx.data.templates import check_template, make_document, render
+from infctx.data.document_set import DocumentSet
+from infctx.data.prepare import OnProgress, Prepared, Reading, prepare, read_in_memory
+from infctx.data.rows import OnBadRow, RowRules
+from infctx.data.sources.catalog import ReadOptions, find_files, format_of, num_input_bytes, whole
+from infctx.data.sources.records import Rejection
+from infctx.data.template_catalog import make_template
+from infctx.data.templates import Template
+from infctx.data.token_store import repeated
 from infctx.data.tokenizer import Tokenizer
 from infctx.errors import DataError
 
-MIN_TAIL_TOKENS = 2
-"""A shorter half of a document holds no target."""
+IN_MEMORY_BYTES = 2**26
+"""Input above this is prepared, where the recipe leaves it open."""
+
+OnDuplicate = Literal["keep", "skip", "stop"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SetSpec:
+    """One set of documents, as a recipe names it.
+
+    Attributes:
+        name: for metrics and messages.
+        paths, exclude: see `find_files`.
+        format: of every file; "auto" = each by its name.
+        on_duplicate: what becomes of a document whose tokens and weights have occurred before in the set.
+        rechunk_tokens: join all documents and cut them every so many tokens; None = documents as they are.
+    """
+
+    name: str = "documents"
+    paths: tuple[str, ...]
+    exclude: tuple[str, ...] = ()
+    format: str = "auto"
+    options: ReadOptions = field(default_factory=ReadOptions)
+    template: Template
+    rules: RowRules = field(default_factory=RowRules)
+    on_duplicate: OnDuplicate = "keep"
+    rechunk_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LoadedData:
-    """All documents in file order, the rows that were skipped, and the tokens lost on the way (none so far)."""
+    """All documents in file order, and what was left out.
 
-    documents: list[Document]
+    Attributes:
+        dropped: tokens by reason.
+        duplicates: of each set, documents that had occurred before in it.
+        caches: folders that documents are mapped from.
+    """
+
+    documents: DocumentSet
     rejected: list[Rejection] = field(default_factory=list)
-    tokens_dropped: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    duplicates: tuple[int, ...] = ()
+    caches: tuple[Path, ...] = ()
+
+    @property
+    def tokens_dropped(self) -> int:
+        """For any reason."""
+        return sum(self.dropped.values())
+
+
+def load_sets(
+    sets: Sequence[SetSpec],
+    *,
+    tokenizer: Tokenizer,
+    vocab_size: int | None = None,
+    cache: Path | Literal["auto", "memory"] = "memory",
+    cache_root: Path | None = None,
+    workers: int = 1,
+    on_progress: OnProgress = lambda done, total: None,
+) -> LoadedData:
+    """Read every row of every file of every set into a document.
+
+    Args:
+        vocab_size: rows of the model's embedding; ids beyond are refused. None = that of the tokenizer.
+        cache: the folder of prepared caches; auto = `cache_root`, above IN_MEMORY_BYTES of input; memory = none.
+        workers: processes that prepare.
+    Raises: DataError naming file and line, and where a set has no documents.
+    """
+    loaded = []
+    for spec in sets:
+        reading = Reading(
+            template=spec.template,
+            rules=spec.rules,
+            tokenizer=tokenizer.name,
+            vocab_size=vocab_size,
+            options=spec.options,
+            drops_duplicates=spec.on_duplicate == "skip",
+        )
+        files = [
+            (path, format_of(path) if spec.format == "auto" else spec.format)
+            for path in find_files(spec.paths, exclude=spec.exclude, format=spec.format)
+        ]
+        folder = _cache_folder(files, cache, cache_root)
+        if folder is None:
+            prepared = read_in_memory([whole(path, format=kind) for path, kind in files], reading)
+        else:
+            prepared = prepare(files, reading, cache=folder, workers=workers, on_progress=on_progress)
+        loaded.append(_checked(spec, prepared, [path for path, _ in files]))
+    dropped: Counter[str] = Counter()
+    for part in loaded:
+        dropped.update(part.dropped)
+    return LoadedData(
+        documents=DocumentSet.joined([part.documents for part in loaded]) if len(loaded) > 1 else loaded[0].documents,
+        rejected=[row for part in loaded for row in part.rejected],
+        dropped=dict(dropped),
+        duplicates=tuple(count for part in loaded for count in part.duplicates),
+        caches=tuple(folder for part in loaded for folder in part.caches),
+    )
+
+
+def _cache_folder(
+    files: Sequence[tuple[str, str]], cache: Path | Literal["auto", "memory"], root: Path | None
+) -> Path | None:
+    if isinstance(cache, Path):
+        return cache
+    if cache == "memory" or root is None or num_input_bytes(files) <= IN_MEMORY_BYTES:
+        return None
+    return root
+
+
+def _checked(spec: SetSpec, prepared: Prepared, files: Sequence[str]) -> LoadedData:
+    """The documents of one set, if there are any, with what the rules say about duplicates and pieces."""
+    store, account = prepared.store, prepared.account
+    documents = DocumentSet(
+        stores=(store,),
+        files=(tuple(files),),
+        entries=np.asarray(store.index),
+        set_indices=np.zeros(len(store.index), dtype=np.uint8),
+        set_names=(spec.name,),
+    )
+    if len(documents) == 0:
+        raise _no_documents(spec, account.rejected)
+    if spec.on_duplicate == "stop" and prepared.num_duplicates:
+        place = int(repeated(documents.entries["digest"])[0])
+        raise DataError(
+            f"{documents.origin(place)}: the same as an earlier row, and {prepared.num_duplicates - 1:,} more are. Set "
+            "data.on_duplicate to skip, or to keep."
+        )
+    if spec.rechunk_tokens is not None:
+        documents = documents.rechunked(spec.rechunk_tokens)
+    return LoadedData(
+        documents=documents,
+        rejected=account.rejected,
+        dropped=dict(account.dropped),
+        duplicates=(prepared.num_duplicates,),
+        caches=(prepared.folder,) if prepared.folder is not None else (),
+    )
+
+
+def _no_documents(spec: SetSpec, rejected: Sequence[Rejection]) -> DataError:
+    where = f"data.path={list(spec.paths)}"
+    if not rejected:
+        return DataError(f"{where}: expected at least one document, got none: the files have no rows.")
+    first = rejected[0]
+    return DataError(
+        f"{where}: expected at least one document, got none: all {len(rejected)} rows were rejected, "
+        f"the first ({first.file}:{first.line}) because: {first.reason}."
+    )
 
 
 def load_documents(
@@ -32,133 +179,40 @@ def load_documents(
     tokenizer: Tokenizer,
     exclude: Sequence[str] = (),
     template: str = "text",
-    on_bad_row: Literal["stop", "skip"] = "stop",
+    on_bad_row: OnBadRow = "stop",
     vocab_size: int | None = None,
 ) -> LoadedData:
-    """Read every record of every file into a document.
-
-    Args:
-        paths, exclude: as for `expand_paths`.
-        on_bad_row: stop = raise at the first unusable row; skip = leave it out and list it in `rejected`.
-        vocab_size: rows of the model's embedding; ids beyond are refused. None = not checked.
-    Raises: DataError naming file and line, and where no document is left.
-    """
-    check_template(template)
-    if on_bad_row not in ("stop", "skip"):
-        raise DataError(f"data.on_bad_row={on_bad_row}: expected stop or skip.")
-    documents: list[Document] = []
-    rejected: list[Rejection] = []
-    tokens_dropped = 0
-
-    def reject(rejection: Rejection) -> None:
-        if on_bad_row == "stop":
-            raise DataError(
-                f"{rejection.file}:{rejection.line}: {rejection.reason}. "
-                "Set data.on_bad_row=skip to skip and count such rows."
-            )
-        rejected.append(rejection)
-
-    for path in expand_paths(paths, exclude):
-        for record in read_records(path, on_reject=reject):
-            try:
-                document = make_document(render(template, record.fields), tokenizer, origin=record.origin)
-            except DataError as error:
-                reject(Rejection(file=record.file, line=record.line, reason=str(error)))
-                tokens_dropped += getattr(error, "num_tokens", 0)
-                continue
-            _check_ids_fit(document, tokenizer, vocab_size)
-            documents.append(document)
-    if not documents:
-        raise _no_documents(paths, rejected)
-    return LoadedData(documents=documents, rejected=rejected, tokens_dropped=tokens_dropped)
-
-
-def _no_documents(paths: Sequence[str], rejected: Sequence[Rejection]) -> DataError:
-    if not rejected:
-        return DataError(f"data.path={list(paths)}: expected at least one document, got none: the files have no rows.")
-    first = rejected[0]
-    return DataError(
-        f"data.path={list(paths)}: expected at least one document, got none: all {len(rejected)} rows were rejected, "
-        f"the first ({first.file}:{first.line}) because: {first.reason}."
+    """Read one set into memory; see `load_sets`."""
+    spec = SetSpec(
+        paths=tuple(paths),
+        exclude=tuple(exclude),
+        template=make_template(template),
+        rules=RowRules(on_bad_row=on_bad_row),
     )
+    return load_sets([spec], tokenizer=tokenizer, vocab_size=vocab_size)
 
 
-def _check_ids_fit(document: Document, tokenizer: Tokenizer, vocab_size: int | None) -> None:
-    largest = int(document.tokens.max())
-    if vocab_size is not None and largest >= vocab_size:
-        raise DataError(
-            f"{document.origin}: data.tokenizer={tokenizer.name} gives the token id {largest}, but the model's "
-            f"vocabulary has {vocab_size} rows (ids 0..{vocab_size - 1}). Set data.tokenizer to the tokenizer that the "
-            "model was trained with."
-        )
+def default_workers() -> int:
+    """One process for each core this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def split_validation(
-    documents: Sequence[Document], *, fraction: float, seed: int
-) -> tuple[list[Document], list[Document]]:
-    """Hold out a random share of whole documents, the same for the same seed.
-
-    Args: fraction: share of the documents, above 0 and below 1; at least one document goes to either side.
-    Returns: training and validation documents, each in the order given.
-    Raises: DataError where there are fewer than two documents.
-    """
-    _check_fraction(fraction, "data.validation")
-    if len(documents) < 2:
-        raise DataError(
-            f"data.validation={fraction}: holds out whole documents and needs at least 2, got {len(documents)}. "
-            f"Set data.validation_tail={fraction} to hold out the end of each document, or data.validation to a file."
-        )
-    num_held_out = min(max(1, round(len(documents) * fraction)), len(documents) - 1)
-    # The third word keeps this draw apart from the permutations of the epochs, which are drawn from (seed, epoch).
-    generator = np.random.Generator(np.random.PCG64([seed, 0, 1]))
-    held_out = set(generator.permutation(len(documents))[:num_held_out].tolist())
-    train = [document for index, document in enumerate(documents) if index not in held_out]
-    return train, [documents[index] for index in sorted(held_out)]
-
-
-def split_tail(documents: Sequence[Document], *, fraction: float) -> tuple[list[Document], list[Document]]:
-    """Hold out the last part of every document; a document too short for that is only trained on.
-
-    Args: fraction: share of each document's tokens, above 0 and below 1.
-    Returns: training and validation documents. The held-out part starts afresh: its first token has weight 0.
-    Raises: DataError where every document is too short.
-    """
-    _check_fraction(fraction, "data.validation_tail")
-    first_part, last_part = f"[first {100 * (1 - fraction):g} %]", f"[last {100 * fraction:g} %]"
-    train, validation = [], []
-    for document in documents:
-        # The small term undoes rounding: 10 * (1 - 0.9) is just below 1.
-        cut = math.floor(len(document) * (1 - fraction) + 1e-9)
-        if min(cut, len(document) - cut) < MIN_TAIL_TOKENS:
-            train.append(document)
-            continue
-        train.append(_part(document, slice(0, cut), first_part))
-        validation.append(_part(document, slice(cut, None), last_part))
-    if not validation:
-        raise DataError(
-            f"data.validation_tail={fraction}: leaves fewer than {MIN_TAIL_TOKENS} tokens on one side of the cut in "
-            f"each of the {len(documents)} documents. Use another fraction, or set data.validation."
-        )
-    return train, validation
-
-
-def _part(document: Document, tokens: slice, label: str) -> Document:
-    weights = document.weights[tokens].copy()
-    weights[0] = 0
-    return Document(tokens=document.tokens[tokens], weights=weights, origin=f"{document.origin} {label}")
-
-
-def _check_fraction(fraction: float, key: str) -> None:
-    if not 0 < fraction < 1:
-        raise DataError(f"{key}={fraction}: expected a fraction above 0 and below 1.")
-
-
-def ledger(documents: Sequence[Document], rejected: Sequence[Rejection], *, dropped: int = 0) -> dict[str, object]:
+def ledger(documents: DocumentSet, loaded: LoadedData) -> dict[str, Any]:
     """Account for every token: in = trained + masked + dropped. A document's first token counts as masked."""
-    num_kept = sum(len(document) for document in documents)
-    trained = sum(document.num_trained_tokens for document in documents)
+    trained, kept = int(documents.num_trained.sum()), documents.num_tokens
+    sets = []
+    for number, name in enumerate(documents.set_names):
+        mine = documents.set_indices == number
+        num_tokens = int(documents.lengths[mine].sum())
+        num_trained = int(documents.num_trained[mine].sum())
+        counts = {"documents": int(mine.sum()), "tokens": num_tokens, "trained": num_trained}
+        sets.append({"name": name, **counts, "masked": num_tokens - num_trained})
+    dropped = loaded.tokens_dropped
     return {
         "documents": len(documents),
-        "tokens": {"in": num_kept + dropped, "trained": trained, "masked": num_kept - trained, "dropped": dropped},
-        "rejected_rows": [{"file": row.file, "line": row.line, "reason": row.reason} for row in rejected],
+        "tokens": {"in": kept + dropped, "trained": trained, "masked": kept - trained, "dropped": dropped},
+        "dropped_tokens": {reason: count for reason, count in loaded.dropped.items() if count},
+        "duplicate_documents": sum(loaded.duplicates),
+        "sets": sets,
+        "rejected_rows": [{"file": row.file, "line": row.line, "reason": row.reason} for row in loaded.rejected],
     }

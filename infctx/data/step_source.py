@@ -8,17 +8,17 @@ the rows [r * rows * accumulate, (r + 1) * rows * accumulate), in groups of `row
 from __future__ import annotations
 
 import functools
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from infctx.data.chunking import ChunkSequence, RowSlice, chunk_rows
 from infctx.data.document import Document
+from infctx.data.document_set import DocumentSet
+from infctx.data.order import DocumentOrder
 from infctx.errors import DataError
 
 
@@ -30,6 +30,8 @@ class StepData:
         groups: `accumulate` groups of `rows` rows; group g has the same number of chunks on every rank, at least one.
         weight_total: over all rows of all groups and ranks, in float64.
         num_tokens: real tokens over all rows and ranks.
+        set_weights: of each set its part of the weight total, in float64.
+        set_tokens: of each set its part of the tokens.
         chunk_tokens: tokens in a chunk.
         carries_state: True = each row continues from the state the previous step left; False = from a fresh one.
     """
@@ -37,6 +39,8 @@ class StepData:
     groups: tuple[ChunkSequence, ...]
     weight_total: float
     num_tokens: int
+    set_weights: tuple[float, ...]
+    set_tokens: tuple[int, ...]
     chunk_tokens: int
     carries_state: bool
 
@@ -52,6 +56,8 @@ class StepSource(ABC):
 
     kind = ""
     carries_state = False
+    # Whether a run may go on with another number of rows.
+    _may_change_rows = False
 
     def __init__(
         self,
@@ -65,6 +71,7 @@ class StepSource(ABC):
         steps: int | None,
         rank: int,
         world: int,
+        order: DocumentOrder | None = None,
     ) -> None:
         if (epochs is None) == (steps is None):
             raise DataError(f"expected exactly one of run.steps and run.epochs, got steps={steps}, epochs={epochs}.")
@@ -72,8 +79,11 @@ class StepSource(ABC):
             raise DataError("expected at least one training document, got none.")
         assert min(rows, accumulate, chunk_tokens, world) >= 1, "sizes start at 1"
         assert 0 <= rank < world, f"rank {rank} of {world}"
-        self._documents = documents
-        self._lengths = np.array([len(document) for document in documents], dtype=np.int64)
+        self._documents = documents if isinstance(documents, DocumentSet) else DocumentSet.of(documents)
+        self._num_sets = len(self._documents.stores)
+        self._lengths = self._documents.lengths
+        # Of every epoch; by default a permutation of all documents.
+        self._epochs_order = order if order is not None else DocumentOrder(self._lengths, seed=seed)
         self._rows, self._accumulate, self._world, self._rank = rows, accumulate, world, rank
         self._num_rows = rows * accumulate * world
         self._chunk_tokens = chunk_tokens
@@ -81,7 +91,7 @@ class StepSource(ABC):
         self._step = 0
         # The next document: its epoch, and its place in that epoch's permutation.
         self._epoch, self._position = 0, 0
-        self._order = self._permutation(0)
+        self._order = self._epochs_order.epoch(0)
 
     @abstractmethod
     def next_step(self) -> StepData | None:
@@ -104,16 +114,17 @@ class StepSource(ABC):
             return self._steps
         return self._steps_of_epochs(self._epochs)
 
-    def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
-        generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
-        return generator.permutation(len(self._documents))
-
     def _has_documents(self) -> bool:
         """Step into the next epoch where this one is used up; False when there is none."""
-        if self._position == len(self._documents):
+        while self._position == len(self._order):
             self._epoch, self._position = self._epoch + 1, 0
-            self._order = self._permutation(self._epoch)
-        return self._epochs is None or self._epoch < self._epochs
+            if self._is_past_the_end():
+                return False
+            self._order = self._epochs_order.epoch(self._epoch)
+        return not self._is_past_the_end()
+
+    def _is_past_the_end(self) -> bool:
+        return self._epochs is not None and self._epoch >= self._epochs
 
     def _step_data(self, slices: Sequence[RowSlice]) -> StepData:
         self._step += 1
@@ -123,31 +134,33 @@ class StepSource(ABC):
             longest = max(len(row) for first in firsts for row in slices[first : first + self._rows])
             mine = slices[firsts[self._rank] : firsts[self._rank] + self._rows]
             # One token of padding where no rank has anything left: a group without a chunk would be a special case.
-            groups.append(chunk_rows(mine, chunk_tokens=self._chunk_tokens, min_tokens=max(longest, 1)))
+            sizes = {"chunk_tokens": self._chunk_tokens, "min_tokens": max(longest, 1), "num_sets": self._num_sets}
+            groups.append(chunk_rows(mine, **sizes))
+        weight_total, num_tokens = sum(row.weight_total for row in slices), sum(len(row) for row in slices)
+        of_sets = [(num_tokens, weight_total)]
+        if self._num_sets > 1:
+            of_rows = [row.totals_by_set(self._num_sets) for row in slices]
+            tokens, weights = (np.sum(totals, axis=0).tolist() for totals in zip(*of_rows, strict=True))
+            of_sets = list(zip(tokens, weights, strict=True))
         return StepData(
             groups=tuple(groups),
-            weight_total=sum(row.weight_total for row in slices),
-            num_tokens=sum(len(row) for row in slices),
+            weight_total=weight_total,
+            num_tokens=num_tokens,
+            set_weights=tuple(weight for _, weight in of_sets),
+            set_tokens=tuple(tokens for tokens, _ in of_sets),
             chunk_tokens=self._chunk_tokens,
             carries_state=self.carries_state,
         )
-
-    @functools.cached_property
-    def _documents_crc32(self) -> int:
-        crc = 0
-        for document in self._documents:
-            crc = zlib.crc32(document.tokens.tobytes(), crc)
-            crc = zlib.crc32(document.weights.tobytes(), crc)
-        return zlib.crc32(self._lengths.tobytes(), crc)
 
     def _identity(self) -> dict[str, object]:
         """What has to be the same for a cursor to mean the same place."""
         return {
             "mode": self.kind,
             "documents": len(self._documents),
-            "documents_crc32": self._documents_crc32,
+            "documents_fingerprint": self._documents.fingerprint,
             "rows": self._num_rows,
             "seed": self._seed,
+            "order": self._epochs_order.identity,
         }
 
     def cursor(self) -> dict[str, object]:
@@ -155,19 +168,19 @@ class StepSource(ABC):
         return {**self._identity(), "step": self._step, "epoch": self._epoch, "position": self._position}
 
     def restore(self, cursor: Mapping[str, Any]) -> None:
-        """Continue from a cursor of the same documents, rows and seed; the number of ranks may differ.
+        """Continue from a cursor of the same documents, order and seed; the number of ranks may differ.
 
         Raises: DataError naming what has changed.
         """
         changed = [
             f"{key} (then {cursor.get(key)}, now {now})"
             for key, now in self._identity().items()
-            if cursor.get(key) != now
+            if cursor.get(key) != now and not (key == "rows" and self._may_change_rows)
         ]
         if changed:
             raise DataError(
                 f"The checkpoint's place in the data does not fit this run: {', '.join(changed)}. Continue with the "
-                "same data and settings, or start anew."
+                "same data and settings (rows = run.rows × run.accumulate × devices), or start anew."
             )
         self._step, self._epoch, self._position = cursor["step"], cursor["epoch"], cursor["position"]
-        self._order = self._permutation(self._epoch)
+        self._order = self._epochs_order.epoch(self._epoch)

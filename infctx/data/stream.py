@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from infctx.data.chunking import RowSlice, join_pieces
 from infctx.data.document import Document
+from infctx.data.order import DocumentOrder
 from infctx.data.step_source import StepData, StepSource
 
 __all__ = ["DocumentSource", "StepData", "StreamSource"]
@@ -20,6 +21,7 @@ class StreamSource(StepSource):
     Args:
         rows, accumulate, rank, world: how the rows of a step are divided.
         chunk_tokens, window: a step is the next `window` chunks of `chunk_tokens` tokens of every row.
+        order: of the documents; by default a permutation for each epoch.
         epochs, steps: the end, exactly one. With epochs, rows that run out first are padded and nothing is dropped.
     """
 
@@ -39,6 +41,7 @@ class StreamSource(StepSource):
         steps: int | None = None,
         rank: int = 0,
         world: int = 1,
+        order: DocumentOrder | None = None,
     ) -> None:
         super().__init__(
             documents,
@@ -50,6 +53,7 @@ class StreamSource(StepSource):
             steps=steps,
             rank=rank,
             world=world,
+            order=order,
         )
         assert window >= 1, f"window={window}"
         self._step_tokens = window * chunk_tokens
@@ -101,7 +105,7 @@ class StreamSource(StepSource):
     def _steps_of_epochs(self, epochs: int) -> int:
         dealt = [0] * self._num_rows
         for epoch in range(epochs):
-            for length in self._lengths[self._permutation(epoch)].tolist():
+            for length in self._lengths[self._epochs_order.epoch(epoch)].tolist():
                 # Only the multiset of sums matters here, so the rows need no numbers.
                 heapq.heapreplace(dealt, dealt[0] + length)
         return -(-max(dealt) // self._step_tokens)
@@ -110,7 +114,7 @@ class StreamSource(StepSource):
     def epoch(self) -> float:
         """Epochs read so far."""
         read = sum(min(dealt, self._step * self._step_tokens) for dealt, _ in self._dealt)
-        return read / int(self._lengths.sum())
+        return read / self._epochs_order.epoch_tokens
 
     def cursor(self) -> dict[str, object]:
         """Give the place of the next step as JSON values."""
@@ -131,12 +135,14 @@ class DocumentSource(StepSource):
 
     Args:
         rows, accumulate, rank, world: how the rows of a step are divided.
+        order: of the documents; by default a permutation for each epoch.
         epochs, steps: the end, exactly one. The next epoch's documents fill up the last rows of the one before.
         pack_tokens: put consecutive documents into one row while their sum is at most this; None = one a row.
     """
 
     kind = "document"
     carries_state = False
+    _may_change_rows = True
 
     def __init__(
         self,
@@ -150,6 +156,7 @@ class DocumentSource(StepSource):
         steps: int | None = None,
         rank: int = 0,
         world: int = 1,
+        order: DocumentOrder | None = None,
         pack_tokens: int | None = None,
     ) -> None:
         super().__init__(
@@ -162,8 +169,11 @@ class DocumentSource(StepSource):
             steps=steps,
             rank=rank,
             world=world,
+            order=order,
         )
         self._pack_tokens = pack_tokens
+        # The step, epoch and place from which steps have had this number of rows.
+        self._counted_from: tuple[int, int, int] = (0, 0, 0)
 
     def next_step(self) -> StepData | None:
         """Read the next step; None at the end."""
@@ -192,13 +202,16 @@ class DocumentSource(StepSource):
         return end
 
     def _steps_of_epochs(self, epochs: int) -> int:
-        return -(-sum(self._num_entries(epoch) for epoch in range(epochs)) // self._num_rows)
+        step, epoch, position = self._counted_from
+        entries = sum(self._num_entries(number, position * (number == epoch)) for number in range(epoch, epochs))
+        return step + -(-entries // self._num_rows)
 
-    def _num_entries(self, epoch: int) -> int:
+    def _num_entries(self, epoch: int, begin: int) -> int:
+        """Count the entries of an epoch from this place of its order on."""
+        order = self._epochs_order.epoch(epoch)
         if self._pack_tokens is None:
-            return len(self._documents)
-        order = self._permutation(epoch)
-        num_entries = place = 0
+            return len(order) - begin
+        num_entries, place = 0, begin
         while place < len(order):
             place = self._entry_end(order, place)
             num_entries += 1
@@ -207,4 +220,18 @@ class DocumentSource(StepSource):
     @property
     def epoch(self) -> float:
         """Epochs read so far."""
-        return self._epoch + self._position / len(self._documents)
+        return self._epoch + self._position / max(1, len(self._order))
+
+    def cursor(self) -> dict[str, object]:
+        """Give the place of the next step as JSON values."""
+        return {**super().cursor(), "counted_from": list(self._counted_from)}
+
+    def restore(self, cursor: Mapping[str, Any]) -> None:
+        """Continue from a cursor of the same documents, order and seed; the number of rows may differ."""
+        super().restore(cursor)
+        if cursor["rows"] == self._num_rows:
+            self._counted_from = tuple(cursor["counted_from"])
+        else:
+            # From here on, steps are of another size.
+            self._counted_from = (self._step, self._epoch, self._position)
+        self.__dict__.pop("total_steps", None)

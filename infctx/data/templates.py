@@ -1,128 +1,104 @@
-"""Record to Document: which text is shown to the model, and which part of it is trained on.
+"""Rows to documents: which text is shown to the model, and which part of it is trained on.
 
-A template names the trained parts as byte spans of the whole rendered text. The text is tokenised once, and a token is
-trained if and only if its last byte lies in such a span: so the mask does not depend on where tokens happen to end, and
-the ids are those the model will meet, which they would not be if the pieces were tokenised one by one.
+A template names the trained parts as byte spans of the whole rendered text. The text is tokenised once, and a token has
+the weight of the span in which its last byte lies: so the mask does not depend on where tokens happen to end, and the
+ids are those the model will meet, which they would not be if the pieces were tokenised one by one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from infctx.data.document import Document, smallest_ids
-from infctx.data.tokenizer import END_OF_TEXT, Tokenizer, encode_utf8
-from infctx.errors import DataError
+from infctx.data.rendered import (
+    EmptyRowError,
+    NothingToTrainOnError,
+    Rendered,
+    WrongFieldsError,
+    leading_space_missing,
+)
+from infctx.data.template_catalog import TEMPLATE_NAMES, Template, looks_like, make_template
+from infctx.data.tokenizer import END_OF_TEXT, Tokenizer, utf8_length
+
+__all__ = [
+    "TEMPLATE_NAMES",
+    "EmptyRowError",
+    "NothingToTrainOnError",
+    "Rendered",
+    "Template",
+    "TokenBatch",
+    "WrongFieldsError",
+    "leading_space_missing",
+    "looks_like",
+    "make_document",
+    "make_documents",
+    "make_template",
+]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rendered:
-    """A record as text.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TokenBatch:
+    """Documents one after the other.
 
     Attributes:
-        text: everything the model sees but the closing end of text.
-        trained_spans: (start, end) offsets in the text's UTF-8 bytes, in order, not overlapping.
-        trains_end_of_text: whether stopping here is to be learned.
+        tokens: ids [n], int32; each document closed with end of text.
+        weights: float32 [n], of each token as a target; 0 for the first token of each document.
+        lengths: int64 [documents], end of text included.
     """
 
-    text: str
-    trained_spans: tuple[tuple[int, int], ...]
-    trains_end_of_text: bool
+    tokens: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32]
+    lengths: npt.NDArray[np.int64]
 
 
-class _WrongFieldsError(DataError):
-    pass
+def make_documents(rendered: Sequence[Rendered], tokenizer: Tokenizer) -> TokenBatch:
+    """Tokenise each rendered text once, close it with end of text, and weigh its tokens.
 
-
-def render_text(fields: Mapping[str, object]) -> Rendered:
-    """Field "text", all of it trained."""
-    (text,) = _strings(fields, ("text",))
-    return Rendered(text=text, trained_spans=((0, len(encode_utf8(text))),), trains_end_of_text=True)
-
-
-def render_completion(fields: Mapping[str, object]) -> Rendered:
-    """Fields "prompt" and "completion", joined as they are; only the completion is trained."""
-    prompt, completion = _strings(fields, ("prompt", "completion"))
-    start = len(encode_utf8(prompt))
-    end = start + len(encode_utf8(completion))
-    return Rendered(text=prompt + completion, trained_spans=((start, end),), trains_end_of_text=True)
-
-
-TEMPLATES: dict[str, Callable[[Mapping[str, object]], Rendered]] = {
-    "text": render_text,
-    "completion": render_completion,
-}
-
-
-def _strings(fields: Mapping[str, object], names: tuple[str, ...]) -> list[str]:
-    values = [fields.get(name) for name in names]
-    strings = [value for value in values if isinstance(value, str)]
-    if len(strings) < len(names):
-        wanted = " and ".join(f'"{name}"' for name in names)
-        found = ", ".join(f'"{name}" ({type(value).__name__})' for name, value in fields.items()) or "none"
-        raise _WrongFieldsError(f"expected {wanted} as strings (str), found the fields: {found}")
-    return strings
-
-
-def _fits(template: str, fields: Mapping[str, object]) -> bool:
-    try:
-        TEMPLATES[template](fields)
-    except DataError:
-        return False
-    return True
-
-
-def render(template: str, fields: Mapping[str, object]) -> Rendered:
-    """Render a record with the template that `data.template` names.
-
-    Raises: DataError for an unknown template, and for fields that do not fit (naming the template that they do fit).
+    Rows are taken together, a megabyte or so at once: the work on each row alone would cost more than on its text. A
+    row without text becomes end of text alone, one with nothing to train on has no weight above 0: neither is an error.
     """
-    check_template(template)
-    try:
-        return TEMPLATES[template](fields)
-    except _WrongFieldsError as error:
-        fitting = [name for name in TEMPLATES if _fits(name, fields)]
-        advice = f"; they fit data.template={fitting[0]}" if fitting else ""
-        raise DataError(f"data.template={template}: {error}{advice}") from None
+    ids, lengths = tokenizer.encode_batch([row.text for row in rendered])
+    row_ends = np.cumsum(lengths)
+    weights = _token_weights(rendered, ids, lengths, tokenizer)
+    end_weights = np.array([row.end_weight for row in rendered], dtype=np.float32)
+    weights = np.insert(weights, row_ends, end_weights)
+    lengths = lengths + 1
+    # Nothing comes before the first token to predict it.
+    weights[np.cumsum(lengths) - lengths] = 0
+    return TokenBatch(tokens=np.insert(ids, row_ends, END_OF_TEXT), weights=weights, lengths=lengths)
 
 
-def check_template(template: str) -> None:
-    """Raise DataError for a template that does not exist."""
-    if template not in TEMPLATES:
-        raise DataError(f"data.template={template}: expected one of {', '.join(TEMPLATES)}.")
-
-
-class NothingToTrainOnError(DataError):
-    """A row that would teach nothing. num_tokens: what leaving it out drops."""
-
-    def __init__(self, reason: str, *, num_tokens: int) -> None:
-        super().__init__(reason)
-        self.num_tokens = num_tokens
+def _token_weights(
+    rendered: Sequence[Rendered], ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], tokenizer: Tokenizer
+) -> npt.NDArray[np.float32]:
+    """Weigh the tokens of the texts, without the ends of text: [n]."""
+    num_bytes = [utf8_length(row.text) for row in rendered]
+    if all(row.spans == ((0, size, 1.0),) for row, size in zip(rendered, num_bytes, strict=True)):
+        return np.ones(len(ids), dtype=np.float32)
+    last_bytes = tokenizer.token_ends([row.text for row in rendered], ids, lengths) - 1
+    borders, weights = [0], [0.0]
+    text_start = 0
+    for row, size in zip(rendered, num_bytes, strict=True):
+        for start, end, weight in row.spans:
+            borders += (text_start + start, text_start + end)
+            weights += (weight, 0.0)
+        text_start += size
+    # Token numbers where the weight changes: of the first token whose last byte is at or after each border.
+    changes = np.searchsorted(last_bytes, np.array(borders, dtype=np.int64))
+    return np.repeat(np.array(weights, dtype=np.float32), np.diff(changes, append=len(ids)))
 
 
 def make_document(rendered: Rendered, tokenizer: Tokenizer, *, origin: str) -> Document:
-    """Tokenise the rendered text once, close it with end of text, and weigh its tokens.
+    """Make the document of one row: see `make_documents`.
 
-    Raises: DataError for an empty text and for one with nothing to train on.
+    Raises: EmptyRowError for an empty text; NothingToTrainOnError.
     """
-    ids = tokenizer.encode(rendered.text)
-    if len(ids) == 0:
-        raise DataError("empty document")
-    last_bytes = np.cumsum(tokenizer.byte_lengths(ids)) - 1
-    weights = np.zeros(len(ids) + 1, dtype=np.float32)
-    weights[:-1] = _in_spans(last_bytes, rendered.trained_spans)
-    weights[-1] = rendered.trains_end_of_text
-    # Nothing comes before the first token to predict it.
-    weights[0] = 0
-    if not weights.any():
+    batch = make_documents([rendered], tokenizer)
+    if len(batch.tokens) == 1:
+        raise EmptyRowError("empty document")
+    if not batch.weights.any():
         reason = "nothing to train on: no token but the first lies in the trained part"
-        raise NothingToTrainOnError(reason, num_tokens=len(weights))
-    return Document(tokens=smallest_ids(np.append(ids, END_OF_TEXT)), weights=weights, origin=origin)
-
-
-def _in_spans(offsets: npt.NDArray[np.int64], spans: tuple[tuple[int, int], ...]) -> npt.NDArray[np.bool_]:
-    inside = np.zeros(len(offsets), dtype=np.bool_)
-    for start, end in spans:
-        inside[np.searchsorted(offsets, start) : np.searchsorted(offsets, end)] = True
-    return inside
+        raise NothingToTrainOnError(reason, num_tokens=len(batch.tokens))
+    return Document(tokens=smallest_ids(batch.tokens), weights=batch.weights, origin=origin)

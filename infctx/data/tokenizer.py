@@ -1,12 +1,14 @@
 """Text to token ids and back, for the two vocabularies that need no extra file: World and bytes.
 
 Encoding World text is done by pyrwkv-tokenizer. Decoding is ours, from the vocabulary file of the same package: the
-package cannot decode a token that is half a character, which both display and byte offsets need.
+package cannot decode a token that is half a character, which both display and byte offsets need. Tokenizers that come
+as a file, such as GPT-NeoX's, are in `tokenizer_json`.
 """
 
 import ast
 import codecs
 import functools
+import importlib.metadata
 import importlib.resources
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -32,8 +34,31 @@ class Tokenizer(Protocol):
     name: str
     vocab_size: int
 
+    @property
+    def digest(self) -> str:
+        """A string that changes where the ids of a text may change."""
+        ...
+
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         """Give the ids of a text, without end of text. Raises DataError for text that UTF-8 cannot hold."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Encode each text by itself.
+
+        One core is used: whoever has several gives each its own texts.
+        Returns: all ids one after the other, and the number of ids of each text.
+        Raises: DataError for text that UTF-8 cannot hold.
+        """
+        ...
+
+    def token_ends(
+        self, texts: Sequence[str], ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Say where tokens end in the UTF-8 bytes of the joined texts; `ids` and `lengths` are `encode_batch(texts)`.
+
+        Returns: for each id, the number of bytes up to its last, never decreasing.
+        """
         ...
 
     def byte_lengths(self, ids: TokenIds | Sequence[int]) -> npt.NDArray[np.int64]:
@@ -57,6 +82,19 @@ def encode_utf8(text: str) -> bytes:
         raise _surrogate_error(error) from None
 
 
+def utf8_length(text: str) -> int:
+    """Count the bytes of a text in UTF-8. Raises DataError for a lone surrogate."""
+    return len(text) if text.isascii() else len(encode_utf8(text))
+
+
+def joined_ids(
+    rows: Sequence[npt.NDArray[np.int32]],
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Put the ids of several texts one after the other, as `Tokenizer.encode_batch` gives them."""
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    return np.concatenate([np.zeros(0, dtype=np.int32), *rows]), lengths
+
+
 def _surrogate_error(error: UnicodeEncodeError) -> DataError:
     return DataError(
         f"expected text, got the lone surrogate U+{ord(error.object[error.start]):04X} at character {error.start}, "
@@ -64,7 +102,7 @@ def _surrogate_error(error: UnicodeEncodeError) -> DataError:
     )
 
 
-def _checked_ids(ids: TokenIds | Sequence[int], tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
+def checked_ids(ids: TokenIds | Sequence[int], tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
     array = np.asarray(ids, dtype=np.int64)
     outside = (array < 0) | (array >= tokenizer.vocab_size)
     if outside.any():
@@ -110,6 +148,11 @@ class WorldTokenizer:
     name = "world"
     vocab_size = 65530
 
+    @property
+    def digest(self) -> str:
+        """The version of the package that holds the vocabulary."""
+        return f"world {importlib.metadata.version('pyrwkv-tokenizer')}"
+
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         """Give the ids of a text: at each byte the longest token of the vocabulary."""
         try:
@@ -117,14 +160,24 @@ class WorldTokenizer:
         except UnicodeEncodeError as error:
             raise _surrogate_error(error) from None
 
+    def encode_batch(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Encode each text by itself; the package's own batches take all cores and, on each, no less time."""
+        return joined_ids([self.encode(text) for text in texts])
+
+    def token_ends(
+        self, texts: Sequence[str], ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Say where tokens end in the joined texts."""
+        return np.cumsum(_world_byte_lengths()[ids])
+
     def byte_lengths(self, ids: TokenIds | Sequence[int]) -> npt.NDArray[np.int64]:
         """Give the number of bytes of each id."""
-        return _world_byte_lengths()[_checked_ids(ids, self)]
+        return _world_byte_lengths()[checked_ids(ids, self)]
 
     def decode_bytes(self, ids: TokenIds | Sequence[int]) -> bytes:
         """Join the bytes of the ids."""
         tokens = _world_tokens()
-        return b"".join(tokens[token_id] for token_id in _checked_ids(ids, self).tolist())
+        return b"".join(tokens[token_id] for token_id in checked_ids(ids, self).tolist())
 
     def decode(self, ids: TokenIds | Sequence[int]) -> str:
         """Decode for display."""
@@ -136,19 +189,30 @@ class BytesTokenizer:
 
     name = "bytes"
     vocab_size = 257
+    digest = "bytes"
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         """Give the ids of the text's UTF-8 bytes."""
         return np.frombuffer(encode_utf8(text), dtype=np.uint8).astype(np.int32) + 1
 
+    def encode_batch(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Encode each text by itself."""
+        return joined_ids([self.encode(text) for text in texts])
+
+    def token_ends(
+        self, texts: Sequence[str], ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Say where tokens end in the joined texts."""
+        return np.arange(1, len(ids) + 1)
+
     def byte_lengths(self, ids: TokenIds | Sequence[int]) -> npt.NDArray[np.int64]:
         """Give 1 for every id but end of text."""
-        has_byte: npt.NDArray[np.bool_] = _checked_ids(ids, self) != END_OF_TEXT
+        has_byte: npt.NDArray[np.bool_] = checked_ids(ids, self) != END_OF_TEXT
         return has_byte.astype(np.int64)
 
     def decode_bytes(self, ids: TokenIds | Sequence[int]) -> bytes:
         """Join the bytes of the ids."""
-        array = _checked_ids(ids, self)
+        array = checked_ids(ids, self)
         values: npt.NDArray[np.int64] = array[array != END_OF_TEXT] - 1
         return values.astype(np.uint8).tobytes()
 
@@ -177,11 +241,25 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {"world": WorldTokenizer, "byte
 
 TOKENIZER_OF_VOCAB_SIZE = {65536: "world", 257: "bytes"}
 
+_CHOICES = f"{', '.join(TOKENIZERS)}, or the path of a tokenizer JSON"
+
 
 def tokenizer_by_name(name: str) -> Tokenizer:
-    """Make the tokenizer that `data.tokenizer` names. Raises DataError for an unknown name."""
+    """Make the tokenizer that `data.tokenizer` names: world, bytes, or a path that ends in .json.
+
+    Raises: DataError for an unknown name, and for a file that cannot be read or is of a kind that is not supported.
+    """
+    if name.endswith(".json"):
+        from infctx.data.tokenizer_json import JsonTokenizer
+
+        return JsonTokenizer(name)
+    if name == "neox":
+        raise DataError(
+            "data.tokenizer=neox: the vocabulary of GPT-NeoX is not part of this program. Give the path of a tokenizer "
+            "JSON: the 20B_tokenizer.json that came with the model."
+        )
     if name not in TOKENIZERS:
-        raise DataError(f"data.tokenizer={name}: expected one of {', '.join(TOKENIZERS)}.")
+        raise DataError(f"data.tokenizer={name}: expected one of {_CHOICES}.")
     return TOKENIZERS[name]()
 
 
@@ -191,6 +269,6 @@ def tokenizer_for_vocab(vocab_size: int) -> str:
         known = ", ".join(f"{size} = {name}" for size, name in TOKENIZER_OF_VOCAB_SIZE.items())
         raise DataError(
             f"data.tokenizer=auto: the model does not name its tokenizer and its vocabulary size {vocab_size} does not "
-            f"tell it (known: {known}). Set data.tokenizer, or --tokenizer, to one of {', '.join(TOKENIZERS)}."
+            f"tell it (known: {known}). Set data.tokenizer, or --tokenizer, to one of {_CHOICES}."
         )
     return TOKENIZER_OF_VOCAB_SIZE[vocab_size]

@@ -5,8 +5,7 @@ booleans of YAML 1.2, so that `010`, `1:30`, `no` and `2024-01-01` mean what the
 """
 
 import os
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +13,22 @@ import yaml
 from pydantic import ValidationError
 
 from infctx.errors import RecipeError
+from infctx.recipe.overrides import apply_override
 from infctx.recipe.problems import (
     QUOTES_HINT,
     Location,
     Source,
     describe,
     dotted,
-    keys_of,
     known_keys,
     quoted,
-    suggestion,
 )
+from infctx.recipe.scalars import plain_value
 from infctx.recipe.schema import Recipe
 
 MAX_RECIPE_BYTES = 1_000_000
+MAX_FOREIGN_VALUES = 100_000
 _MAX_DEPTH = 16
-
-_INTEGER = re.compile(r"[-+]?[0-9]+")
-_REAL = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_WORDS: dict[str, bool | None] = {
-    **dict.fromkeys(("", "~", "null", "Null", "NULL")),
-    **dict.fromkeys(("true", "True", "TRUE"), True),
-    **dict.fromkeys(("false", "False", "FALSE"), False),
-}
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -46,8 +38,13 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         overrides: `section.key=value`; the value is a plain YAML scalar, or a list in brackets. A later one wins.
     Raises: RecipeError listing every problem with its line.
     """
-    source = _read_file(Path(path))
-    problems = [problem for override in overrides if (problem := _apply_override(source, override))]
+    return parse_recipe(_read_text(Path(path), "recipe"), name=str(path), overrides=overrides)
+
+
+def parse_recipe(text: str, *, name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from its text; see `load_recipe`. name: of the text, in messages."""
+    source = _source(text, name)
+    problems = [problem for override in overrides if (problem := apply_override(source, override, _override_value))]
     for key, value in source.data.items():
         if value is None and key in Recipe.model_fields:
             # `kernel:` with nothing below it is an empty section.
@@ -63,10 +60,18 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 def write_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
     """Write the resolved recipe as YAML, whole or not at all; its folder must exist."""
+    header = "# The recipe of this run, with what was left open filled in.\n"
+    write_recipe_text(header + recipe_text(recipe.resolved().to_mapping()), path)
+
+
+def recipe_text(sections: Mapping[str, object]) -> str:
+    """The YAML of plain sections, in the order given."""
+    return yaml.dump(dict(sections), Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True, width=10_000)
+
+
+def write_recipe_text(text: str, path: str | os.PathLike[str]) -> None:
+    """Write a recipe that is text already, comments included, whole or not at all; its folder must exist."""
     path = Path(path)
-    text = "# The recipe of this run, with what was left open filled in.\n" + yaml.dump(
-        recipe.resolved().to_mapping(), Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True, width=10_000
-    )
     sibling = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with sibling.open("w", encoding="utf-8") as file:
@@ -109,6 +114,45 @@ def _shown(value: object) -> str:
 # Reading
 
 
+def read_foreign_yaml(path: str | os.PathLike[str]) -> Any:
+    """The config of another program as plain data, by the rules of PyYAML's safe loader.
+
+    Raises: RecipeError for what is no YAML, for a key set twice, and for more than MAX_FOREIGN_VALUES values once
+        aliases are written out.
+    """
+    text = _read_text(Path(path), "config")
+    try:
+        return _parse(text, str(path), _foreign_data, "a YAML config")
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise RecipeError(f"{path}: expected a YAML config: {error or type(error).__name__}.") from None
+
+
+def _foreign_data(text: str) -> Any:
+    loader = yaml.SafeLoader(text)
+    root = loader.get_single_node()
+    # Walked with every alias written out, before anything is built: a few lines of aliases can stand for any number.
+    waiting, count = [root] if root else [], 0
+    while waiting:
+        node, count = waiting.pop(), count + 1
+        if count > MAX_FOREIGN_VALUES:
+            raise yaml.MarkedYAMLError(problem=f"more than {MAX_FOREIGN_VALUES:,} values", problem_mark=node.start_mark)
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            waiting += _parts(node)
+    return loader.construct_document(root) if root else None
+
+
+def _parts(mapping: yaml.MappingNode) -> list[yaml.Node]:
+    """The keys and values; the last of two equal keys would win unseen."""
+    names: set[str] = set()
+    for key in (key for key, _ in mapping.value if isinstance(key, yaml.ScalarNode)):
+        if key.value in names:
+            raise yaml.MarkedYAMLError(problem=f"{key.value}: set twice", problem_mark=key.start_mark)
+        names.add(key.value)
+    return [part for pair in mapping.value for part in pair]
+
+
 class _RecipeLoader(yaml.SafeLoader):
     """A YAML reader that stops at tags, anchors, aliases and deep nesting, before anything is built from them."""
 
@@ -130,44 +174,51 @@ class _RecipeLoader(yaml.SafeLoader):
 
 
 class _RecipeDumper(yaml.SafeDumper):
-    """Writes lists of plain values in brackets, and quotes what would not be read back as text."""
+    """Writes lists of plain values in brackets, and quotes what would not be read back as text, or not on one line."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    style = None if isinstance(_plain_value(value), str) else '"'
+    is_plain = isinstance(plain_value(value), str) and value.isprintable()
+    style = None if is_plain else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 
 def _represent_list(dumper: yaml.SafeDumper, value: list[Any]) -> yaml.SequenceNode:
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+    is_flow = not any(isinstance(item, dict) for item in value)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=is_flow)
 
 
 _RecipeDumper.add_representer(str, _represent_text)
 _RecipeDumper.add_representer(list, _represent_list)
 
 
-def _read_file(path: Path) -> Source:
+def _read_text(path: Path, what: str) -> str:
+    """The text of a file. what: it should be, in messages: "recipe"."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_RECIPE_BYTES + 1)
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe file.") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: expected a readable recipe file: {error.strerror or error}.") from None
+        raise RecipeError(f"{path}: no such {what} file.") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"{path}: expected a readable {what} file: {reason}.") from None
     if len(content) > MAX_RECIPE_BYTES:
-        raise RecipeError(f"{path}: expected a recipe, got a file of more than {MAX_RECIPE_BYTES:,} bytes.")
+        raise RecipeError(f"{path}: expected a {what}, got a file of more than {MAX_RECIPE_BYTES:,} bytes.")
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise RecipeError(f"{path}, line {line}: expected UTF-8 text, got byte 0x{content[error.start]:02x}.") from None
-    node = _compose(text, str(path))
-    source = Source(name=str(path), data={})
+
+
+def _source(text: str, name: str) -> Source:
+    node = _compose(text, name)
+    source = Source(name=name, data={})
     if node is None or (isinstance(node, yaml.ScalarNode) and node.style is None and node.value == ""):
         return source
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError(
-            f"{path}, line {node.start_mark.line + 1}: expected sections (model:, data:, …), "
+            f"{name}, line {node.start_mark.line + 1}: expected sections (model:, data:, …), "
             f"got {quoted(_to_data(node, (), source))}."
         )
     source.data.update(_to_data(node, (), source))
@@ -175,18 +226,24 @@ def _read_file(path: Path) -> Source:
 
 
 def _compose(text: str, name: str) -> yaml.Node | None:
-    """The node tree of one YAML document; RecipeError with the line where it is not one."""
+    """The node tree of one YAML document."""
+    node: yaml.Node | None = _parse(
+        text, name, lambda text: _RecipeLoader(text).get_single_node(), "a plain YAML recipe"
+    )
+    return node
+
+
+def _parse(text: str, name: str, read: Callable[[str], Any], what: str) -> Any:
+    """What `read` makes of the text; RecipeError with the line where it is not what it should be."""
     try:
-        # The reader looks at the first characters at once, so even making it may fail.
-        loader = _RecipeLoader(text)
-        return loader.get_single_node()
+        return read(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{name}, line {mark.line + 1}" if mark else name
-        what = ", ".join(part for part in (error.context, error.problem) if part)
-        is_about_quotes = isinstance(error, yaml.scanner.ScannerError | yaml.parser.ParserError) or "(" in what
+        reason = ", ".join(part for part in (error.context, error.problem) if part)
+        is_about_quotes = isinstance(error, yaml.scanner.ScannerError | yaml.parser.ParserError) or "(" in reason
         hint = f" {QUOTES_HINT}." if is_about_quotes else ""
-        raise RecipeError(f"{place}: expected a plain YAML recipe: {what}.{hint}") from None
+        raise RecipeError(f"{place}: expected {what}: {reason}.{hint}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         character = chr(error.character) if isinstance(error.character, int) else error.character
@@ -197,7 +254,7 @@ def _to_data(node: yaml.Node, location: Location, source: Source) -> Any:
     """Plain data of a node tree; notes the place of every part on the way."""
     if isinstance(node, yaml.ScalarNode):
         try:
-            return _plain_value(node.value) if node.style is None else node.value
+            return plain_value(node.value) if node.style is None else node.value
         except ValueError:
             raise RecipeError(f"{source.place(location)}: {dotted(location)}: a number of too many digits.") from None
     if isinstance(node, yaml.SequenceNode):
@@ -225,52 +282,10 @@ def _note(source: Source, location: Location, node: yaml.Node) -> None:
     source.places[location] = f"{source.name}, line {line}"
 
 
-def _plain_value(text: str) -> str | int | float | bool | None:
-    """An unquoted scalar by the rules of YAML 1.2's core schema. Raises: ValueError at absurdly long integers."""
-    if text in _WORDS:
-        return _WORDS[text]
-    if _INTEGER.fullmatch(text):
-        return int(text)
-    if _REAL.fullmatch(text):
-        return float(text)
-    return text
-
-
-# Overrides
-
-
-def _apply_override(source: Source, override: str) -> str | None:
-    """Put `section.key=value` into the data. Returns the problem, if there is one."""
-    key, equals, text = override.partition("=")
-    key = key.strip()
-    place = f"override {override}"
-    if not equals or not key:
-        return f"{place}: expected section.key=value, e.g. optimizer.lr=1e-5."
-    if key in Recipe.model_fields:
-        return f"{place}: {key} is a section: expected {key}.key=value, with one of {', '.join(keys_of(key))}."
-    if key not in known_keys():
-        return f"{place}: {key}: unknown key.{suggestion(key)}"
-    try:
-        value = _override_value(text.strip())
-    except (RecipeError, ValueError) as error:
-        return f"{place}: {key}: expected a plain value, or a list in brackets: {error}"
-    section, name = key.split(".")
-    target = source.data.get(section)
-    if target is None:
-        target = source.data[section] = {}
-    if isinstance(target, dict):
-        target[name] = value
-        # Items of a list the file gave are no place of this value.
-        for location in [known for known in source.places if known[:2] == (section, name)]:
-            del source.places[location]
-        source.places[(section, name)] = place
-    return None
-
-
 def _override_value(text: str) -> Any:
     """A quoted scalar or a bracketed list as YAML; all else as one plain scalar: *.txt and {stdlib} need no quotes."""
     if not text.startswith(("[", '"', "'")):
-        return _plain_value(text)
+        return plain_value(text)
     node = _compose(text, "value")
     assert node is not None
     return _to_data(node, (), Source(name="value", data={}))

@@ -1,6 +1,7 @@
 """The problems of a recipe in words: place, key, what was expected, what came, and the key that may have been meant."""
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +49,7 @@ def describe(error: ValidationError, source: Source) -> list[str]:
     for details in error.errors(include_url=False):
         if details["type"] == "recipe":
             for key, problem in details["ctx"]["problems"]:
-                grouped.setdefault(tuple(key.split(".")), []).append({**details, "msg": problem})
+                grouped.setdefault(_location(key), []).append({**details, "msg": problem})
         else:
             grouped.setdefault(_written_location(details["loc"], source.data), []).append(details)
     # A union tells of a wrong item and of the whole list being no text; the item is the mistake.
@@ -56,6 +57,11 @@ def describe(error: ValidationError, source: Source) -> list[str]:
     order = sorted((at for at in grouped if at not in inner), key=source.line)
     told = [f"{source.place(at)}: {dotted(at)}: {_problem(at, grouped[at])}" for at in order[:MAX_PROBLEMS]]
     return told + ([f"{source.name}: {len(order) - MAX_PROBLEMS} more problems."] if len(order) > MAX_PROBLEMS else [])
+
+
+def _location(key: str) -> Location:
+    """A dotted key, as "data.sets[0].path", in its parts."""
+    return tuple(int(part) if part.isdigit() else part for part in re.findall(r"[^.\[\]]+", key))
 
 
 def _written_location(location: Location, data: Any) -> Location:

@@ -3,97 +3,31 @@
 This file knows neither torch nor the disk: whatever needs a file or a device to be decided stays `auto` here.
 """
 
-import re
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, model_validator
 
-_NUMBER_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+from infctx.recipe.data_section import DataSection
+from infctx.recipe.fields import (
+    Beta,
+    Count,
+    CountOrZero,
+    FewCount,
+    Number,
+    Section,
+    Text,
+    refuse,
+    tuple_from_list,
+)
+
 _LORA_ONLY = ("rank", "alpha", "dropout", "targets", "train_also")
 _DECAYING = ("cosine", "linear", "exponential")
-
-
-def _number_from_text(value: object) -> object:
-    """Read `1e-5` as a number: YAML 1.1 readers hand it over as text."""
-    if isinstance(value, str) and _NUMBER_TEXT.fullmatch(value):
-        return float(value)
-    return value
-
-
-def _tuple_from_list(value: object) -> object:
-    """YAML and JSON have lists only; strict validation would refuse them for a tuple."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-# Far above any run, and low enough that products of two counts still fit the 64-bit integers of torch.
-Count = Annotated[int, Field(ge=1, le=2_000_000_000)]
-# Of things that each take memory or time before a run begins.
-FewCount = Annotated[int, Field(ge=1, le=65_536)]
-CountOrZero = Annotated[int, Field(ge=0, le=2_000_000_000)]
-Number = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False)]
-Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
-Fraction = Annotated[Number, Field(gt=0, lt=1)]
-Beta = Annotated[Number, Field(ge=0, lt=1)]
-
-
-def _refuse(problems: list[tuple[str, str]]) -> None:
-    """Raise every (dotted key, problem) as one validation error, if there is any."""
-    if problems:
-        text = "; ".join(f"{key}: {problem}" for key, problem in problems)
-        # The braces of a message would be read as fields of the template.
-        raise PydanticCustomError("recipe", "{text}", {"text": text, "problems": problems})
-
-
-class Section(BaseModel):
-    """A frozen part of a recipe that refuses keys it does not know."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSection(Section):
     """The model to start from."""
 
     path: Text = Field(description="Model file: an official .pth, or .safetensors as this project writes it.")
-
-
-class DataSection(Section):
-    """The documents, how they are read, and which are held out."""
-
-    path: Text | Annotated[list[Text], Field(min_length=1)] = Field(
-        description="Paths or globs of the documents; {stdlib} names the folder of Python's standard library, {torch} "
-        "that of the installed torch."
-    )
-    exclude: list[Text] = Field(default=[], description="Globs of paths to leave out of `path`.")
-    template: Literal["text", "completion"] = Field(
-        default="text", description="How a row becomes a document: all of it is trained on, or its completion only."
-    )
-    tokenizer: Literal["auto", "world", "bytes"] = Field(
-        default="auto", description="Tokenizer; auto: what the model file records, else by its vocabulary size."
-    )
-    mode: Literal["auto", "stream", "document"] = Field(
-        default="auto",
-        description="stream: documents back to back, the state runs on from step to step; document: each row of a step "
-        "is one whole document from a fresh state; auto: document if and only if bptt.window is document.",
-    )
-    pack_tokens: Count | None = Field(
-        default=None, description="Document mode: put short documents into one row up to this many tokens; null: never."
-    )
-    validation: Annotated[Fraction | Text | None, BeforeValidator(_number_from_text)] = Field(
-        default=None, description="Documents held out: a path, or a fraction of whole documents, 0 to 1 exclusive."
-    )
-    validation_tail: Fraction | None = Field(
-        default=None, description="Held out instead: the last fraction of every document's tokens, 0 to 1 exclusive."
-    )
-    on_bad_row: Literal["stop", "skip"] = Field(
-        default="stop", description="What to do at a row that cannot be read: stop, or skip it and count it."
-    )
-
-    @model_validator(mode="after")
-    def _one_kind_of_validation(self) -> Self:
-        if self.validation is not None and self.validation_tail is not None:
-            _refuse([("data.validation_tail", "cannot stand beside data.validation; keep one of the two")])
-        return self
 
 
 class AdapterSection(Section):
@@ -122,7 +56,7 @@ class AdapterSection(Section):
         other = "full" if self.kind == "lora" else "lora"
         # An explicit null of alpha says no more than leaving it out.
         said = [key for key in foreign if key in self.model_fields_set and getattr(self, key) is not None]
-        _refuse(
+        refuse(
             [
                 (
                     f"adapter.{key}",
@@ -175,7 +109,7 @@ class OptimizerSection(Section):
     weight_decay: Annotated[Number, Field(ge=0)] = Field(
         default=0.0, description="AdamW weight decay of the matrices, per unit of learning rate."
     )
-    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_tuple_from_list)] = Field(
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(tuple_from_list)] = Field(
         default=(0.9, 0.99), description="Adam's averaging factors of the gradient and of its square, each in [0, 1)."
     )
     eps: Annotated[Number, Field(gt=0)] = Field(
@@ -194,9 +128,9 @@ class OptimizerSection(Section):
     def _final_rate_fits_the_schedule(self) -> Self:
         if self.schedule == "constant" and self.lr_final is not None:
             choices = ", ".join(_DECAYING)
-            _refuse([("optimizer.lr_final", f"means nothing with schedule constant; remove it or choose {choices}")])
+            refuse([("optimizer.lr_final", f"means nothing with schedule constant; remove it or choose {choices}")])
         if self.schedule == "exponential" and self.lr_final == 0:
-            _refuse([("optimizer.lr_final", "an exponential schedule never reaches 0; give a number above 0")])
+            refuse([("optimizer.lr_final", "an exponential schedule never reaches 0; give a number above 0")])
         return self
 
 
@@ -242,9 +176,9 @@ class RunSection(Section):
     @model_validator(mode="after")
     def _one_end(self) -> Self:
         if self.steps is None and self.epochs is None:
-            _refuse([("run.steps", "missing: a run needs exactly one of run.steps and run.epochs")])
+            refuse([("run.steps", "missing: a run needs exactly one of run.steps and run.epochs")])
         if self.steps is not None and self.epochs is not None:
-            _refuse([("run.epochs", "cannot stand beside run.steps; keep one of the two")])
+            refuse([("run.epochs", "cannot stand beside run.steps; keep one of the two")])
         return self
 
 
@@ -277,7 +211,7 @@ class Recipe(Section):
                     "means nothing in stream mode, where rows have no ends; remove it or set data.mode: document",
                 )
             )
-        _refuse(problems)
+        refuse(problems)
         return self
 
     def _resolved_mode(self) -> Literal["stream", "document"]:
@@ -310,4 +244,7 @@ class Recipe(Section):
                 if not (section_name == "adapter" and key in foreign)
                 and not (value is None and fields[key].default is None)
             }
+        if self.data.sets is not None:
+            # What a set leaves open comes from its section, and has to stay open.
+            mapping["data"]["sets"] = [one.model_dump(mode="json", exclude_unset=True) for one in self.data.sets]
         return mapping

@@ -14,11 +14,11 @@ The same code serves `backward_through_chunks`, `chunked_step` and the training 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from infctx.data.chunking import Chunk
@@ -26,7 +26,9 @@ from infctx.model.state import ModelState
 from infctx.shapes import Scalar, Starts, Targets, Tokens, TokenWeights
 from infctx.training.boundary_store import Bank, BoundaryPlan
 from infctx.training.loss import weighted_loss_sum
-from infctx.training.step_place import RandomState, WindowsPlace, random_state, set_random_state
+from infctx.training.random_replay import RandomReplay, replayed
+from infctx.training.set_losses import add_set_losses, sum_by_set
+from infctx.training.step_place import WindowsPlace
 
 Window = int | Literal["document"]
 
@@ -54,15 +56,22 @@ class ChunkObjective(nn.Module):
         ffn_shift: Tensor,
         *,
         with_loss: bool,
-    ) -> tuple[Scalar, Tensor, Tensor, Tensor]:
-        """Weighted loss sum of the chunk (0 without a loss) and the state after it."""
+        sets: UInt8[Tensor, "B T"] | None = None,
+        num_sets: int = 1,
+    ) -> tuple[Scalar, *tuple[Tensor, ...]]:
+        """Weighted loss sum of the chunk (0 without a loss) and the state after it, three tensors.
+
+        With `sets`, the set of each target, a fifth follows: the part of each set in the sum, float64 [num_sets],
+        through which no gradient flows.
+        """
         state = ModelState(wkv, att_shift, ffn_shift)
+        of_sets = [] if sets is None else [wkv.new_zeros(num_sets, dtype=torch.float64)]
         # With dropout the whole of it runs, so that a chunk draws the same random numbers in both sweeps.
         if not with_loss and not (self._has_dropout and self.model.training):
-            return wkv.new_zeros(()), *self.model.advance(tokens, state, starts=starts)
+            return wkv.new_zeros(()), *self.model.advance(tokens, state, starts=starts), *of_sets
         hidden, state = self.model.forward_hidden(tokens, state, starts=starts)
         if not with_loss:
-            return wkv.new_zeros(()), *state
+            return wkv.new_zeros(()), *state, *of_sets
         loss = weighted_loss_sum(
             hidden,
             self.model.head,
@@ -72,19 +81,25 @@ class ChunkObjective(nn.Module):
             # A term that shapes the training, and no part of what a validation measures.
             l2_wrap=self._l2_wrap if self.model.training else 0.0,
             backend=self.model.surrounding_backend,
+            with_token_losses=sets is not None,
         )
-        return loss, *state
+        if sets is None:
+            return loss, *state
+        loss, token_losses = loss
+        return loss, *state, sum_by_set(token_losses, sets.flatten(), num_sets)
 
 
 class ChunkedResult(NamedTuple):
     """loss_sum: weighted, not divided, detached. state: after the last chunk. initial_state_gradient: of the loss
     divided by the weight total, with respect to the state before the first chunk. largest_difference: 0-d, between the
-    states that sweep 1 banked and those that sweep 2 computed again, beside the largest of each; 0 on a CPU."""
+    states that sweep 1 banked and those that sweep 2 computed again, beside the largest of each; 0 on a CPU.
+    set_losses: the part of each set in loss_sum, float64 [sets]; None where the chunks tell no sets."""
 
     loss_sum: Tensor
     state: ModelState
     initial_state_gradient: ModelState
     largest_difference: Tensor
+    set_losses: Tensor | None
 
 
 def backward_through_windows(
@@ -155,7 +170,9 @@ class _Walk:
                 break
             self._enter_window(self._first + self._length)
             self._keep_boundary(0, self._state_after)
-        return ChunkedResult(self._loss_sum, self._state_after, self._initial_gradient, self._largest_difference)
+        return ChunkedResult(
+            self._loss_sum, self._state_after, self._initial_gradient, self._largest_difference, self._set_losses
+        )
 
     def place(self) -> WindowsPlace:
         """Where it is; called between two chunks."""
@@ -174,10 +191,12 @@ class _Walk:
             initial_gradient=self._initial_gradient,
             largest_difference=self._largest_difference,
             random=self._replay.to_list() if self._replay is not None else [],
+            set_losses=self._set_losses,
         )
 
     def _begin(self, state: ModelState) -> None:
         self._loss_sum = state.wkv.new_zeros((), dtype=torch.float64)
+        self._set_losses: Tensor | None = None
         self._largest_difference = state.wkv.new_zeros(())
         self._initial_gradient: ModelState | None = None
         self._state_after: ModelState | None = None
@@ -188,6 +207,7 @@ class _Walk:
     def _go_on_from(self, place: WindowsPlace) -> None:
         self._begin(place.boundaries[-1][1])
         self._loss_sum += place.loss_sum
+        self._set_losses = place.set_losses
         self._largest_difference = place.largest_difference
         self._initial_gradient = place.initial_gradient
         self._enter_window(place.first)
@@ -229,12 +249,12 @@ class _Walk:
             self._pause()
             before = self._bank.take(self._next)
             leaves = [tensor.detach().requires_grad_() for tensor in before]
-            with _replayed(self._replay, self._next):
-                chunk_loss, *after = self._call(self._next, leaves, with_loss=True)
+            with replayed(self._replay, self._next):
+                chunk_loss, after, set_losses = self._call(self._next, leaves, with_loss=True)
             self._compare(after)
             scalar = chunk_loss / self._weight_total
             if self._adjoint is None:
-                self._state_after = ModelState(*after).detach()
+                self._state_after = after.detach()
                 # Tied in with weight 0, so that a chunk without a loss still has a graph to go backward through.
                 self._adjoint = ModelState(*(torch.zeros_like(tensor) for tensor in after))
             products = zip(after, self._adjoint, strict=True)
@@ -243,6 +263,7 @@ class _Walk:
                 *(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves)
             ).detach()
             self._loss_sum += chunk_loss.detach()
+            self._set_losses = add_set_losses(self._set_losses, set_losses)
             self._banked_after = before
             self._next -= 1
         if self._replay is not None:
@@ -263,15 +284,14 @@ class _Walk:
         self._pause()
         if self._replay is not None:
             self._replay.enter(index)
-        _, *after = self._call(index, state, with_loss=False)
-        return ModelState(*after)
+        return self._call(index, state, with_loss=False).state
 
     def _pause(self) -> None:
         if self._before_chunk is not None:
             self._before_chunk(self.place)
 
-    def _call(self, index: int, state: Sequence[Tensor], *, with_loss: bool) -> tuple[Tensor, ...]:
-        return _call(self._objective, self._chunks[self._first + index], state, with_loss=with_loss)
+    def _call(self, index: int, state: Sequence[Tensor], *, with_loss: bool) -> ChunkOutputs:
+        return run_chunk(self._objective, self._chunks[self._first + index], state, with_loss=with_loss)
 
 
 @torch.no_grad()
@@ -281,65 +301,32 @@ def forward_through_chunks(
     """The weighted loss sum (float64) and the state after the last chunk, without any gradient."""
     loss_sum = state.wkv.new_zeros((), dtype=torch.float64)
     for chunk in chunks:
-        chunk_loss, *after = _call(objective, chunk, state, with_loss=with_loss)
+        chunk_loss, state, _ = run_chunk(objective, chunk, state, with_loss=with_loss)
         loss_sum += chunk_loss
-        state = ModelState(*after)
     return loss_sum, state
 
 
-def _call(
-    objective: Callable[..., tuple[Tensor, ...]], chunk: Chunk, state: Sequence[Tensor], *, with_loss: bool
-) -> tuple[Tensor, ...]:
+class ChunkOutputs(NamedTuple):
+    """What a ChunkObjective gave for a chunk. set_losses: None without sets, and where no loss was asked for."""
+
+    loss: Tensor
+    state: ModelState
+    set_losses: Tensor | None
+
+
+def run_chunk(
+    objective: Callable[..., tuple[Tensor, ...]], chunk: Chunk, state: Sequence[Tensor], *, with_loss: bool = True
+) -> ChunkOutputs:
+    """Call the objective with a chunk, on the device of the state."""
     chunk = chunk.to(state[0].device)
+    inputs = (chunk.tokens, chunk.targets, chunk.loss_weight, chunk.starts, *state)
+    tells_sets = with_loss and chunk.sets is not None
     with_loss = with_loss and chunk.has_loss
-    return objective(chunk.tokens, chunk.targets, chunk.loss_weight, chunk.starts, *state, with_loss=with_loss)
-
-
-class RandomReplay:
-    """Random numbers of each chunk of a window, so that dropout falls on the same places in both sweeps."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._before: list[RandomState] = []
-        self._after_window: RandomState | None = None
-
-    def enter(self, chunk: int) -> None:
-        """Put the generators where they were when this chunk of the window first ran, or remember where they are."""
-        if chunk < len(self._before):
-            set_random_state(self._before[chunk], self._device)
-        else:
-            self._before.append(random_state(self._device))
-
-    def leave(self, chunk: int) -> None:
-        """After the chunk's forward in sweep 2; the window's last chunk has gone furthest."""
-        if chunk == len(self._before) - 1:
-            self._after_window = random_state(self._device)
-
-    def leave_window(self) -> None:
-        """Continue after the window as if its chunks had run once."""
-        assert self._after_window is not None
-        set_random_state(self._after_window, self._device)
-        self._before, self._after_window = [], None
-
-    def to_list(self) -> list[RandomState]:
-        """Before each chunk that has run, and behind the window where sweep 2 has begun."""
-        return [*self._before, *([self._after_window] if self._after_window is not None else [])]
-
-    def from_list(self, states: Sequence[RandomState], *, has_left_window: bool) -> None:
-        """Continue with what another one's `to_list` gave."""
-        self._before = list(states)
-        if has_left_window:
-            self._after_window = self._before.pop()
-
-
-@contextmanager
-def _replayed(replay: RandomReplay | None, chunk: int) -> Iterator[None]:
-    if replay is None:
-        yield
-        return
-    replay.enter(chunk)
-    yield
-    replay.leave(chunk)
+    if not tells_sets:
+        loss, *after = objective(*inputs, with_loss=with_loss)
+        return ChunkOutputs(loss, ModelState(*after), None)
+    loss, *after, set_losses = objective(*inputs, with_loss=with_loss, sets=chunk.sets, num_sets=chunk.num_sets)
+    return ChunkOutputs(loss, ModelState(*after), set_losses)
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -1,8 +1,10 @@
-"""Memory of the host that was freed, and is not given back."""
+"""Memory of the host: the most that was used, and what was freed and is not given back."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
+import sys
 import time
 from collections.abc import Callable
 
@@ -40,3 +42,9 @@ def _malloc_trim() -> Callable[[int], int] | None:
     except (AttributeError, OSError):
         return None
     return trim
+
+
+def peak_host_bytes() -> int:
+    """The most that the process has had in memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

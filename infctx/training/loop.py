@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -15,13 +13,15 @@ from infctx.data.step_source import StepData
 from infctx.errors import InfctxError, memory_fault
 from infctx.model.state import ModelState
 from infctx.training.bptt import has_dropout
+from infctx.training.host_memory import peak_host_bytes
 from infctx.training.memory_ladder import shorten_chunks
 from infctx.training.resume import resume_run, save_run
 from infctx.training.run import Done, Place, Run
+from infctx.training.set_losses import report_sets
 from infctx.training.signals import StopRequested, StopSignals
 from infctx.training.step import StepGradient, step_gradient, take_step
 from infctx.training.step_place import StepPlace, random_state, set_random_state
-from infctx.training.validation import validation_loss
+from infctx.training.validation import ValidationLoss, validation_loss
 
 # Of every line of metrics.jsonl; the line before the first step has nulls where nothing was done. chunks, chunk_tokens
 # and window are as the step was cut in the end; recompute_difference: the largest, relative.
@@ -114,7 +114,11 @@ def _settle(run: Run, done: Done, place: Place, signals: StopSignals, saver: _Sa
     is_ahead = done.step < run.source.total_steps
     is_due = not is_ahead or done.step == 0 or _every(settings.validate_every, done.step)
     if run.validation and is_due:
-        done.val_loss = record["val_loss"] = _finite(_validate(run, done, signals))
+        names = run.validation_set_names or run.set_names
+        measured = _validate(run, done, signals, num_sets=len(names))
+        done.val_loss = record["val_loss"] = _finite(measured.loss)
+        if measured.by_set:
+            record["val_loss_by_set"] = {names[index]: loss for index, loss in measured.by_set.items()}
         if done.step == 0:
             done.first_val_loss = done.val_loss
     done.owed = None
@@ -172,11 +176,13 @@ def _one_step(
         num_carried,
         _finite(gradient.largest_difference),
         _peak_device_bytes(run.device),
-        _peak_host_bytes(),
+        peak_host_bytes(),
         seconds,
     )
     done.owed = dict(zip(STEP_KEYS, values, strict=True))
     states = gradient.states
+    if len(run.set_names) > 1:
+        done.owed["sets"] = report_sets(run.set_names, gradient.set_losses, data)
     if report.not_updated is not None:
         done.owed["not_updated"] = report.not_updated
     if report.suspects:
@@ -266,7 +272,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _validate(run: Run, done: Done, signals: StopSignals) -> float:
+def _validate(run: Run, done: Done, signals: StopSignals, *, num_sets: int) -> ValidationLoss:
     run.model.eval()
     loss = validation_loss(
         _stoppable(run, signals),
@@ -274,6 +280,7 @@ def _validate(run: Run, done: Done, signals: StopSignals) -> float:
         rows=run.settings.rows,
         chunk_tokens=done.piece_tokens or run.settings.chunk_tokens,
         fresh_state=lambda rows: _zeros(run, rows),
+        num_sets=num_sets,
     )
     run.model.train()
     return loss
@@ -296,8 +303,3 @@ def _zeros(run: Run, rows: int) -> ModelState:
 
 def _peak_device_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-
-
-def _peak_host_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,7 +25,8 @@ def weighted_loss_sum(
     vocab_size: int,
     l2_wrap: float = 0.0,
     backend: str | None = None,
-) -> Scalar:
+    with_token_losses: bool = False,
+) -> Scalar | tuple[Scalar, Float[Tensor, " B*T"]]:
     """Sum over tokens of loss_weight · (cross entropy + l2_wrap / 2 · largest logit²), float32 (or float64).
 
     Args:
@@ -36,21 +38,31 @@ def weighted_loss_sum(
         loss_weight: weight of the target.
         l2_wrap: weight of the penalty on the largest logit.
         backend: of the fused loss; None = the fastest.
+        with_token_losses: give back the terms of the sum too.
     Returns:
-        A sum, never a mean: it is divided once, by the weights of the whole step.
+        A sum, never a mean: it is divided once, by the weights of the whole step. With token losses a pair: the sum, to
+        the same bits, and its terms, weighted, flat [B·T], through which no gradient flows.
     """
     flat_hidden, flat_targets = hidden.flatten(0, 1), targets.flatten()
     flat_weight = loss_weight.flatten()
     if is_plain_matrix(head):
         return linear_cross_entropy(
-            flat_hidden, head.weight, flat_targets, flat_weight, l2_wrap=l2_wrap, backend=backend
+            flat_hidden,
+            head.weight,
+            flat_targets,
+            flat_weight,
+            l2_wrap=l2_wrap,
+            backend=backend,
+            with_token_losses=with_token_losses,
         )
     piece = max(1, LOGITS_AT_ONCE // vocab_size)
     if flat_hidden.shape[0] <= piece:
-        return _piece_loss(head, flat_hidden, flat_targets, flat_weight, l2_wrap)
-    pieces = zip(flat_hidden.split(piece), flat_targets.split(piece), flat_weight.split(piece), strict=True)
-    losses = [checkpoint(_piece_loss, head, *part, l2_wrap, use_reentrant=False) for part in pieces]
-    return torch.stack(losses).sum()
+        loss, token_losses = _piece_loss(head, flat_hidden, flat_targets, flat_weight, l2_wrap)
+        return (loss, token_losses) if with_token_losses else loss
+    parts = zip(flat_hidden.split(piece), flat_targets.split(piece), flat_weight.split(piece), strict=True)
+    pieces = [checkpoint(_piece_loss, head, *part, l2_wrap, use_reentrant=False) for part in parts]
+    loss = torch.stack([of_piece for of_piece, _ in pieces]).sum()
+    return (loss, torch.cat([of_tokens for _, of_tokens in pieces])) if with_token_losses else loss
 
 
 def is_plain_matrix(module: nn.Module) -> bool:
@@ -60,10 +72,14 @@ def is_plain_matrix(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
-def _piece_loss(head: nn.Module, hidden: Tensor, targets: Tensor, loss_weight: Tensor, l2_wrap: float) -> Tensor:
+def _piece_loss(
+    head: nn.Module, hidden: Tensor, targets: Tensor, loss_weight: Tensor, l2_wrap: float
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum, and its terms without a gradient."""
     logits = head(hidden)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     losses = F.cross_entropy(logits, targets, reduction="none")
     if l2_wrap != 0.0:
         losses = losses + 0.5 * l2_wrap * logits.max(dim=-1).values.square()
-    return (losses * loss_weight.to(losses.dtype)).sum()
+    losses = losses * loss_weight.to(losses.dtype)
+    return losses.sum(), losses.detach()

@@ -14,8 +14,18 @@ from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, Tim
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-SMOOTHING = 0.9
-"""Share of the past in the smoothed loss: it looks back over about ten steps."""
+from infctx.training.progress_numbers import (
+    Pace,
+    by_set_text,
+    clock_text,
+    loss_text,
+    memory_text,
+    number,
+    rate_text,
+    set_losses,
+    speed_text,
+    work_text,
+)
 
 
 @runtime_checkable
@@ -115,8 +125,10 @@ class PlainProgress:
         eta_seconds = self._pace.remaining_seconds()
         parts = [
             f"step {self._pace.position()}",
-            f"loss {loss_text(number(report, 'loss'))}",
-            f"val {loss_text(number(report, 'val_loss'))}" if "val_loss" in report else "",
+            f"loss {loss_text(number(report, 'loss'))}{_in_brackets(set_losses(report, 'sets'))}",
+            f"val {loss_text(number(report, 'val_loss'))}{_in_brackets(set_losses(report, 'val_loss_by_set'))}"
+            if "val_loss" in report
+            else "",
             f"{speed_text(report)} tokens/s",
             f"peak {memory_text(report)}",
             f"lr {rate_text(report)}",
@@ -124,6 +136,10 @@ class PlainProgress:
             work_text(report),
         ]
         return "  ".join(part for part in parts if part)
+
+
+def _in_brackets(losses: Mapping[str, float | None]) -> str:
+    return f" ({by_set_text(losses)})" if losses else ""
 
 
 class LoggedProgress:
@@ -191,6 +207,7 @@ class LiveProgress:
         self._clock = clock
         self._pace = Pace(clock)
         self._numbers = Text("waiting for the first step", style="dim", no_wrap=True, overflow="ellipsis")
+        self._sets: list[Text] = []
         self._bar = RichProgress(
             TextColumn("step {task.fields[position]}", markup=False),
             BarColumn(bar_width=None),
@@ -211,7 +228,9 @@ class LiveProgress:
             self.message(line)
         self._task = self._bar.add_task("", total=total_steps, position=self._pace.position(), eta="–")
         self._live = Live(
-            get_renderable=lambda: Group(self._bar, self._numbers), console=self._console, refresh_per_second=4
+            get_renderable=lambda: Group(self._bar, self._numbers, *self._sets),
+            console=self._console,
+            refresh_per_second=4,
         )
         self._live.start()
 
@@ -219,6 +238,7 @@ class LiveProgress:
         """Move the bar and show the numbers."""
         self._pace.step(report)
         self._numbers = self._line(report)
+        self._sets = self._set_lines()
         if self._task is not None:
             eta_seconds = self._pace.remaining_seconds()
             self._bar.update(
@@ -258,107 +278,10 @@ class LiveProgress:
             overflow="ellipsis",
         )
 
-
-class Pace:
-    """Where a run is, how long it will still take, and its loss without the jitter of single steps.
-
-    Args:
-        clock: seconds from any fixed moment.
-        total_steps: steps of the whole run, those before a resume included; None: not known.
-    """
-
-    def __init__(self, clock: Callable[[], float], total_steps: int | None = None) -> None:
-        self._clock = clock
-        self._total_steps = total_steps
-        self._times: list[tuple[int, float]] = []
-        self._loss_sum = 0.0
-        self._loss_weight = 0.0
-        self.current_step = 0
-        self.val_loss: float | None = None
-
-    def step(self, report: Mapping[str, object]) -> None:
-        """Take note of a finished step."""
-        self.current_step = int(number(report, "step") or self.current_step + 1)
-        moment = (self.current_step, self._clock())
-        # Two moments are enough: after the first step, which has the warm-up of everything in it, and now.
-        self._times = [*self._times[:1], moment]
-        loss = number(report, "loss")
-        if loss is not None:
-            self._loss_sum = SMOOTHING * self._loss_sum + (1 - SMOOTHING) * loss
-            self._loss_weight = SMOOTHING * self._loss_weight + (1 - SMOOTHING)
-        val_loss = number(report, "val_loss")
-        self.val_loss = self.val_loss if val_loss is None else val_loss
-
-    @property
-    def smoothed_loss(self) -> float | None:
-        """Moving average of the finite losses; None before the first."""
-        return self._loss_sum / self._loss_weight if self._loss_weight else None
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the run's last step is done."""
-        return self._total_steps is not None and self.current_step >= self._total_steps
-
-    def position(self) -> str:
-        """The step and how many there will be, where that is known."""
-        return f"{self.current_step}" if self._total_steps is None else f"{self.current_step}/{self._total_steps}"
-
-    def remaining_seconds(self) -> float | None:
-        """Seconds to the last step at the pace so far, validation and checkpoints included; None: not known yet."""
-        if self._total_steps is None:
-            return None
-        if self.is_last:
-            return 0.0
-        (first_step, first_time), (last_step, last_time) = self._times[0], self._times[-1]
-        if last_step <= first_step:
-            return None
-        return (last_time - first_time) / (last_step - first_step) * (self._total_steps - last_step)
-
-
-def number(report: Mapping[str, object], key: str) -> float | None:
-    """A finite number of a report; None where there is none."""
-    value = report.get(key)
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def loss_text(loss: float | None) -> str:
-    """A loss in nats per token."""
-    return "–" if loss is None else f"{loss:.3f}" if loss < 1000 else f"{loss:.1e}"
-
-
-def work_text(report: Mapping[str, object]) -> str:
-    """What the step computed: its chunks, how many the gradient crossed, and rows that went on from the step before."""
-    chunks, chunk_tokens = number(report, "chunks"), number(report, "chunk_tokens")
-    if chunks is None or chunk_tokens is None:
-        return ""
-    window = number(report, "window")
-    reach = "the whole document" if window is None else f"{window:,.0f}"
-    carried = number(report, "carried_rows") or 0
-    return f"{chunks:,.0f} chunks of {chunk_tokens:,.0f}, gradient across {reach}, {carried:,.0f} rows carried on"
-
-
-def speed_text(report: Mapping[str, object]) -> str:
-    """Tokens per second."""
-    speed = number(report, "tokens_per_second")
-    return "–" if speed is None else f"{speed:,.0f}" if speed >= 10 else f"{speed:.1f}"
-
-
-def rate_text(report: Mapping[str, object]) -> str:
-    """The learning rate."""
-    rate = number(report, "lr")
-    return "–" if rate is None else f"{rate:.1e}"
-
-
-def memory_text(report: Mapping[str, object]) -> str:
-    """Peak memory of the device, or of the host where the device has none of its own."""
-    num_bytes = number(report, "peak_device_bytes") or number(report, "peak_host_bytes")
-    if num_bytes is None:
-        return "–"
-    return f"{num_bytes / 1e6:,.0f} MB" if num_bytes < 9.95e9 else f"{num_bytes / 1e9:,.1f} GB"
-
-
-def clock_text(seconds: float) -> str:
-    """A duration as 1:20 or 2:01:20."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+    def _set_lines(self) -> list[Text]:
+        """The latest loss of each set of a mixture, and one more line once they were validated."""
+        lines = []
+        for name, losses in (("loss ", self._pace.set_losses), ("val ", self._pace.set_val_losses)):
+            if losses:
+                lines.append(Text.assemble((name, "dim"), by_set_text(losses), no_wrap=True, overflow="ellipsis"))
+        return lines

@@ -43,7 +43,9 @@ class Run:
     """The live objects of a run.
 
     objective and optimizer are what the engine returned; model is what they wrap. facts are written into every
-    checkpoint. save_adapter writes the adapter folder.
+    checkpoint. save_adapter writes the adapter folder. set_names are those of the data sets by their index; with more
+    than one, the metrics have the loss of each. validation_set_names: those of the held-out documents' sets, where they
+    come from others.
     """
 
     folder: Path
@@ -62,6 +64,8 @@ class Run:
     facts: Mapping[str, object]
     save_adapter: Callable[[], None]
     trimmer: HeapTrimmer
+    set_names: Sequence[str] = ("",)
+    validation_set_names: Sequence[str] | None = None
 
 
 @dataclass(kw_only=True, slots=True)

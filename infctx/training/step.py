@@ -14,6 +14,7 @@ from infctx.data.step_source import StepData
 from infctx.model.state import ModelState
 from infctx.training.boundary_store import BoundaryPlan
 from infctx.training.bptt import Window, backward_through_windows, forward_through_chunks
+from infctx.training.set_losses import add_set_losses
 from infctx.training.step_place import StepPlace, WindowsPlace, random_state, set_random_state
 
 BeforeChunk = Callable[[Callable[[], StepPlace]], None]
@@ -29,6 +30,7 @@ class StepGradient:
         states: of each group, behind its last chunk.
         num_chunks: of all groups, as they were cut.
         largest_difference: between recomputed and banked states.
+        set_losses: the part of each set in the sum of all groups, float64 [sets]; None where there is one set only.
         seconds: taken, also before the step was left and entered again.
     """
 
@@ -37,6 +39,7 @@ class StepGradient:
     num_chunks: int
     largest_difference: float
     seconds: float
+    set_losses: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +117,7 @@ def step_gradient(
     device = states[0].wkv.device
     states_after = list(start.states_after) if start is not None else []
     loss_sums = list(start.loss_sums) if start is not None else []
+    set_losses = start.set_losses if start is not None else None
     differences: list[Tensor] = []
 
     def pause(place_in_group: Callable[[], WindowsPlace]) -> None:
@@ -128,6 +132,7 @@ def step_gradient(
                     random_state=random_state(device),
                     passes=passes,
                     seconds=time.perf_counter() - began,
+                    set_losses=set_losses,
                 )
             )
         passes += 1
@@ -150,6 +155,7 @@ def step_gradient(
             )
             loss_sum, state = result.loss_sum, result.state
             differences.append(result.largest_difference)
+            set_losses = add_set_losses(set_losses, result.set_losses)
         else:
             loss_sum, state = forward_through_chunks(objective, group.chunks, state, with_loss=False)
         loss_sums.append(loss_sum)
@@ -160,6 +166,7 @@ def step_gradient(
         num_chunks=sum(len(group.chunks) for group in data.groups),
         largest_difference=float(torch.stack(differences).max()) if differences else 0.0,
         seconds=time.perf_counter() - began,
+        set_losses=set_losses.cpu() if set_losses is not None else None,
     )
 
 

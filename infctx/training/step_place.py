@@ -31,6 +31,7 @@ class WindowsPlace:
         initial_gradient: of the state before the first window, once that is done.
         largest_difference: between recomputed and banked states so far.
         random: the generators before each chunk of the window that has run, and behind the last; empty without dropout.
+        set_losses: the part of each set in loss_sum; None before the first, and where there is one set only.
     """
 
     first: int
@@ -43,6 +44,7 @@ class WindowsPlace:
     initial_gradient: ModelState | None
     largest_difference: Tensor
     random: list[RandomState]
+    set_losses: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +55,7 @@ class StepPlace:
         group: the group of rows under way.
         states_after: of the groups before it.
         loss_sums: of the groups before it, float64.
+        set_losses: the part of each set in the loss of the groups before it; None where there is none, or one set only.
         windows: where it is in this group.
         random_state: the generators now.
         passes: chunks run so far, in both sweeps.
@@ -66,11 +69,15 @@ class StepPlace:
     random_state: RandomState
     passes: int
     seconds: float
+    set_losses: Tensor | None = None
 
     def to_tensors(self) -> dict[str, Tensor]:
         """All tensors, by names that `from_parts` understands."""
         windows = self.windows
         tensors = {"loss_sum": windows.loss_sum, "largest_difference": windows.largest_difference}
+        for name, losses in (("set_losses", windows.set_losses), ("groups_set_losses", self.set_losses)):
+            if losses is not None:
+                tensors[name] = losses
         for index, state in windows.boundaries:
             tensors.update(_named(f"boundary.{index}", state))
         for name in ("adjoint", "state_after", "initial_gradient"):
@@ -131,6 +138,7 @@ class StepPlace:
             initial_gradient=state("initial_gradient"),
             largest_difference=tensors["largest_difference"].to(device),
             random=[random(index) for index in range(1, facts["random"] + 1)],
+            set_losses=tensors["set_losses"].to(device) if "set_losses" in tensors else None,
         )
         return cls(
             group=facts["group"],
@@ -140,6 +148,7 @@ class StepPlace:
             random_state=random(0),
             passes=facts["passes"],
             seconds=facts["seconds"],
+            set_losses=tensors["groups_set_losses"].to(device) if "groups_set_losses" in tensors else None,
         )
 
 

@@ -267,7 +267,7 @@ def test_paths_with_spaces_brackets_and_unicode(
 
 def test_the_place_of_a_held_out_part_is_shown(cli: Any, make_recipe: Callable[..., Path]) -> None:
     recipe = make_recipe(data={"validation_tail": 0.1})
-    assert "[first 90 %]" in cli("data", recipe).ok().out.replace("\n", " ")
+    assert "[tokens 0-" in cli("data", recipe).ok().out.replace("\n", " ")
 
 
 def test_a_run_is_used_from_another_working_directory(

@@ -4,14 +4,18 @@ import numpy as np
 import pytest
 import torch
 
+from infctx.data import chunking
 from infctx.data.chunking import ChunkSequence, RowSlice, chunk_rows, join_pieces, validation_batches
 from infctx.data.document import Document
 
 
-def document_of(tokens: list[int], weights: list[float] | None = None) -> Document:
+def document_of(tokens: list[int], weights: list[float] | None = None, *, set_index: int = 0) -> Document:
     chosen = [0.0] + [1.0] * (len(tokens) - 1) if weights is None else weights
     return Document(
-        tokens=np.array(tokens, dtype=np.uint16), weights=np.array(chosen, dtype=np.float32), origin=f"of {tokens}"
+        tokens=np.array(tokens, dtype=np.uint16),
+        weights=np.array(chosen, dtype=np.float32),
+        origin=f"of {tokens}",
+        set_index=set_index,
     )
 
 
@@ -141,3 +145,66 @@ def test_chunks_are_a_sequence() -> None:
     assert [chunk.index for chunk in chunks[1:]] == [1, 2]
     with pytest.raises(IndexError):
         chunks[3]
+
+
+def test_a_row_tells_the_set_of_every_token_in_a_mixture_only() -> None:
+    first, second = document_of([5, 6, 7]), document_of([8, 9, 10, 11], set_index=2)
+    assert whole(first, first).sets is None
+    row = whole(first, second)
+    assert row.sets is not None
+    assert row.sets.dtype == np.uint8
+    assert row.sets.tolist() == [0, 0, 0, 2, 2, 2, 2]
+    # In the middle of a document, and with a first token behind the row's end, which is a target and no input.
+    row = join_pieces([(second, 1), (first, 0)], num_tokens=3)
+    assert row.sets is not None
+    assert row.sets.tolist() == [2, 2, 2]
+    row = join_pieces([(second, 1), (first, 0)], num_tokens=5)
+    assert row.sets is not None
+    assert row.sets.tolist() == [2, 2, 2, 0, 0]
+
+
+@pytest.mark.parametrize("counted_at_once", [1, 2, 100])
+def test_totals_by_set(counted_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunking, "COUNTED_AT_ONCE", counted_at_once)
+    # In float32 a thousandth added to 2^24 is lost.
+    documents = [
+        document_of([1, 2, 3], [0, 2.0**24, 0.001], set_index=3),
+        document_of([4, 5]),
+        document_of([6, 7, 8], [0, 0, 0], set_index=1),
+        document_of([9]),
+    ]
+    tokens, weights = whole(*documents).totals_by_set(4)
+    assert (tokens.tolist(), weights.tolist()) == ([3, 3, 0, 3], [1, 0, 0, 2.0**24 + float(np.float32(0.001))])
+    tokens, weights = whole(documents[1]).totals_by_set(2)
+    assert (tokens.tolist(), weights.tolist()) == ([2, 0], [1, 0])
+    tokens, weights = join_pieces([], num_tokens=3).totals_by_set(2)
+    assert (tokens.tolist(), weights.tolist()) == ([0, 0], [0, 0])
+    # What a row predicts and does not hold is counted with what predicts it.
+    tokens, weights = join_pieces([(documents[0], 0)], num_tokens=1).totals_by_set(4)
+    assert (tokens.tolist(), weights.tolist()) == ([0, 0, 0, 1], [0, 0, 0, 2.0**24])
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 3, 4, 7, 100])
+@pytest.mark.parametrize("piece_tokens", [1, 2, 100])
+def test_chunks_tell_the_sets_of_a_mixture(chunk_tokens: int, piece_tokens: int) -> None:
+    mixed = whole(document_of([1, 2, 3], set_index=1), document_of([4]), document_of([5, 6, 7], set_index=255))
+    rows = [mixed, whole(document_of([11, 12, 13])), whole(document_of([21, 22], set_index=2))]
+    sequence = chunk_rows(rows, chunk_tokens=chunk_tokens, num_sets=256).in_pieces(piece_tokens)
+    assert joined(sequence, "sets") == [[1, 1, 1, 0, 255, 255, 255], [0] * 7, [2, 2, 0, 0, 0, 0, 0]]
+    for chunk in sequence.chunks:
+        assert chunk.num_sets == 256
+        assert chunk.sets is not None
+        assert chunk.sets.dtype == torch.uint8
+        assert chunk.sets.shape == chunk.tokens.shape
+    for chunk in chunk_rows(rows, chunk_tokens=chunk_tokens).chunks:
+        assert (chunk.sets, chunk.num_sets) == (None, 1)
+    with pytest.raises(AssertionError, match="a document of set 255 in a mixture of 255"):
+        chunk_rows(rows, chunk_tokens=chunk_tokens, num_sets=255)
+
+
+def test_validation_tells_the_sets() -> None:
+    documents = [document_of([1, 2, 3, 4], set_index=1), document_of([5, 6])]
+    (batch,) = validation_batches(documents, rows=2, chunk_tokens=3, num_sets=2)
+    assert joined(batch, "sets") == [[0, 0, 0, 0], [1, 1, 1, 1]]
+    (batch,) = validation_batches(documents, rows=2, chunk_tokens=3)
+    assert all(chunk.sets is None for chunk in batch.chunks)

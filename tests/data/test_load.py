@@ -1,15 +1,18 @@
 """From files to documents: the policy for bad rows, the validation split, and the ledger."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from infctx.data.document import Document
-from infctx.data.load import ledger, load_documents, split_tail, split_validation
-from infctx.data.templates import TEMPLATES, Rendered
+from infctx.data.document_set import DocumentSet
+from infctx.data.load import LoadedData, SetSpec, ledger, load_documents, load_sets
+from infctx.data.rows import RowRules
+from infctx.data.split import split_tail, split_validation
+from infctx.data.templates import make_template
 from infctx.data.tokenizer import BytesTokenizer, WorldTokenizer
 from infctx.errors import DataError
 
@@ -132,7 +135,7 @@ def test_split_validation_divides_whole_documents() -> None:
     documents = [document_of(3, f"x:{number}") for number in range(40)]
     train, validation = split_validation(documents, fraction=0.1, seed=3)
     assert len(validation) == 4
-    assert sorted(id(document) for document in train + validation) == sorted(id(document) for document in documents)
+    assert sorted(d.origin for d in [*train, *validation]) == sorted(d.origin for d in documents)
     again = split_validation(documents, fraction=0.1, seed=3)
     assert [d.origin for d in validation] == [d.origin for d in again[1]]
     others = [split_validation(documents, fraction=0.1, seed=seed)[1] for seed in range(5)]
@@ -165,9 +168,9 @@ def test_split_tail_cuts_every_document() -> None:
     assert validation[0].tokens.tolist() == list(range(91, 101))
     assert train[0].weights.tolist() == [0.0] + [1.0] * 89
     assert validation[0].weights.tolist() == [0.0] + [1.0] * 9
-    assert (train[0].origin, validation[0].origin) == ("x:1 [first 90 %]", "x:1 [last 10 %]")
+    assert (train[0].origin, validation[0].origin) == ("x:1 [tokens 0-89]", "x:1 [tokens 90-99]")
     # Too short to cut: kept as it was, and the original weights are not touched.
-    assert train[1] is documents[1]
+    assert (train[1].origin, train[1].tokens.tolist()) == ("x:2", documents[1].tokens.tolist())
     assert documents[0].weights.tolist() == [0.0] + [1.0] * 99
 
 
@@ -187,7 +190,7 @@ def test_split_tail_of_short_documents_only_is_refused() -> None:
 
 def test_ledger_accounts_for_every_token(mixed_rows: Path, tmp_path: Path) -> None:
     loaded = load_documents([str(mixed_rows)], tokenizer=BYTES, on_bad_row="skip")
-    account = ledger(loaded.documents, loaded.rejected)
+    account = ledger(loaded.documents, loaded)
     assert account["documents"] == 4
     # "one", "a\0b", "é", "last" and an end of text each; the first token of each is masked.
     assert account["tokens"] == {"in": 16, "trained": 12, "masked": 4, "dropped": 0}
@@ -202,25 +205,114 @@ def test_ledger_accounts_for_every_token(mixed_rows: Path, tmp_path: Path) -> No
     assert json.loads(json.dumps(account)) == account
 
     tail_train, tail_validation = split_tail(loaded.documents, fraction=0.5)
-    parts = ledger(tail_train + tail_validation, [])
-    assert parts["tokens"]["in"] == 16  # type: ignore[index]
-    assert parts["tokens"]["masked"] == 4 + len(tail_validation)  # type: ignore[index]
+    parts = ledger(DocumentSet.joined([tail_train, tail_validation]), loaded)
+    assert parts["tokens"]["in"] == 16
+    assert parts["tokens"]["masked"] == 4 + len(tail_validation)
 
 
-def test_the_tokens_of_a_row_with_nothing_to_train_on_are_counted_as_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def only_long_texts(fields: Mapping[str, object]) -> Rendered:
-        text = str(fields["text"])
-        spans = ((0, len(text)),) if len(text) > 3 else ()
-        return Rendered(text=text, trained_spans=spans, trains_end_of_text=bool(spans))
+def load_rows(folder: Path, rows: list[dict[str, object]], **rules: Any) -> LoadedData:
+    """Rows of text, or of another template, through given rules."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {key: rules.pop(key) for key in ("on_duplicate", "rechunk_tokens") if key in rules}
+    template = rules.pop("template", make_template("text"))
+    spec = SetSpec(paths=(str(path),), template=template, rules=RowRules(**rules), **settings)
+    return load_sets([spec], tokenizer=BYTES)
 
-    monkeypatch.setitem(TEMPLATES, "text", only_long_texts)
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "abc"}\nnot json\n{"text": "defg"}\n')
-    loaded = load_documents([str(path)], tokenizer=BytesTokenizer(), on_bad_row="skip")
-    # Three bytes and the end of text. A row that cannot be read has no tokens to count.
-    assert loaded.tokens_dropped == 4
-    account = ledger(loaded.documents, loaded.rejected, dropped=loaded.tokens_dropped)
+
+def texts_of(documents: DocumentSet) -> list[str]:
+    return [BYTES.decode(document.tokens) for document in documents]
+
+
+def test_the_tokens_of_a_row_with_nothing_to_train_on_are_counted_as_dropped(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"text": "abc", "worth": 0}, {"text": "defg", "worth": 1}]
+    loaded = load_rows(tmp_path, rows, template=make_template("text", weight_field="worth"), on_bad_row="skip")
+    # Three bytes and the end of text.
+    assert loaded.dropped == {"empty": 4}
+    assert loaded.rejected[0].reason.startswith("nothing to train on")
+    account = ledger(loaded.documents, loaded)
     assert account["tokens"] == {"in": 9, "trained": 4, "masked": 1, "dropped": 4}
-    assert [row["line"] for row in account["rejected_rows"]] == [1, 2]
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: nothing to train on.*data\.on_bad_row=skip"):
+        load_rows(tmp_path, rows, template=make_template("text", weight_field="worth"))
+    template = make_template("text", weight_field="worth")
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: nothing to train on.*data\.on_empty_row=skip"):
+        load_rows(tmp_path, rows, template=template, on_empty_row="stop", on_bad_row="skip")
+
+
+LENGTHS: list[dict[str, object]] = [{"text": letter * count} for letter, count in (("a", 3), ("b", 9), ("c", 20))]
+
+
+def test_short_documents_are_left_out_and_counted(tmp_path: Path) -> None:
+    loaded = load_rows(tmp_path, LENGTHS, min_tokens=10)
+    assert texts_of(loaded.documents) == ["b" * 9, "c" * 20]
+    assert loaded.dropped == {"short": 4}
+    assert loaded.rejected[0].reason == "4 tokens, fewer than data.min_tokens=10"
+
+
+def test_long_documents_stop_unless_something_is_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: 10 tokens, more than data\.max_tokens=8\. Set data\.on_long"):
+        load_rows(tmp_path, LENGTHS, max_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept", "dropped"),
+    [
+        ("skip", ["aaa"], {"long": 31}),
+        ("cut", ["aaa", "b" * 8, "c" * 8], {"cut": 2 + 13}),
+        ("split", ["aaa", "b" * 8, "b", "c" * 8, "c" * 8, "c" * 4], {}),
+    ],
+)
+def test_long_documents(tmp_path: Path, policy: str, kept: list[str], dropped: dict[str, int]) -> None:
+    loaded = load_rows(tmp_path, LENGTHS, max_tokens=8, on_long=policy)
+    assert texts_of(loaded.documents) == kept
+    assert {reason: count for reason, count in loaded.dropped.items() if count} == dropped
+    account = ledger(loaded.documents, loaded)
+    assert account["tokens"]["in"] == 4 + 10 + 21
+    assert all(document.weights[0] == 0 for document in loaded.documents)
+    assert len(loaded.rejected) == (2 if policy == "skip" else 0)
+    if policy == "split":
+        assert [document.origin.rpartition(":")[2] for document in loaded.documents] == [
+            "1",
+            "2 [tokens 0-7]",
+            "2 [tokens 8-9]",
+            "3 [tokens 0-7]",
+            "3 [tokens 8-15]",
+            "3 [tokens 16-20]",
+        ]
+
+
+def test_duplicates(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"text": text} for text in ("one", "two", "one", "one", "three")]
+    assert load_rows(tmp_path, rows).duplicates == (2,)
+    loaded = load_rows(tmp_path, rows, on_duplicate="skip")
+    assert texts_of(loaded.documents) == ["one", "two", "three"]
+    assert [row.line for row in loaded.rejected] == [3, 4]
+    assert loaded.dropped == {"duplicate": 8}
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: the same as an earlier row, and 1 more"):
+        load_rows(tmp_path, rows, on_duplicate="stop")
+
+
+def test_rechunking_joins_what_is_kept(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"text": text} for text in ("one", "two", "one", "three")]
+    loaded = load_rows(tmp_path, rows, rechunk_tokens=5, on_duplicate="skip")
+    joined = [token for text in ("one", "two", "three") for token in [*BYTES.encode(text).tolist(), 0]]
+    assert [token for document in loaded.documents for token in document.tokens.tolist()] == joined
+    assert [len(document) for document in loaded.documents] == [5, 5, 4]
+
+
+def test_several_sets(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "aa"}\n{"text": "ab"}\n')
+    (tmp_path / "b.txt").write_text("bbbb")
+    specs = [
+        SetSpec(name=name, paths=(str(tmp_path / file),), template=make_template("text", weight=weight))
+        for name, file, weight in (("rows", "a.jsonl", 1.0), ("book", "b.txt", 0.25))
+    ]
+    loaded = load_sets(specs, tokenizer=BYTES)
+    assert texts_of(loaded.documents) == ["aa", "ab", "bbbb"]
+    assert [document.set_index for document in loaded.documents] == [0, 0, 1]
+    assert loaded.documents[2].weights.tolist() == [0, 0.25, 0.25, 0.25, 0.25]
+    assert loaded.documents[2].origin == f"{tmp_path}/b.txt:1"
+    assert ledger(loaded.documents, loaded)["sets"] == [
+        {"name": "rows", "documents": 2, "tokens": 6, "trained": 4, "masked": 2},
+        {"name": "book", "documents": 1, "tokens": 5, "trained": 4, "masked": 1},
+    ]

@@ -338,15 +338,41 @@ def test_a_cursor_may_go_to_another_number_of_ranks(make: Callable[..., Source])
 def test_a_cursor_of_other_data_is_refused(make: Callable[..., Source]) -> None:
     documents = corpus(6, 10)
     cursor = make(documents).cursor()
-    with pytest.raises(DataError, match=r"documents_crc32 \(then \d+, now \d+\)"):
+    with pytest.raises(DataError, match=r"documents_fingerprint \(then \w+, now \w+\)"):
         make(corpus(6, 10, seed=1)).restore(cursor)
     with pytest.raises(DataError, match=r"documents \(then 6, now 5\)"):
         make(documents[:5]).restore(cursor)
-    with pytest.raises(DataError, match=r"rows \(then 4, now 6\)"):
-        make(documents, accumulate=3).restore(cursor)
     other = make_packed if make is make_stream else make_stream
     with pytest.raises(DataError, match="mode"):
         other(documents).restore(cursor)
+
+
+def test_rows_of_a_stream_have_states_and_keep_their_number() -> None:
+    documents = corpus(6, 10)
+    with pytest.raises(DataError, match=r"rows \(then 4, now 6\)"):
+        make_stream(documents, accumulate=3).restore(make_stream(documents).cursor())
+
+
+@pytest.mark.parametrize("num_before", [0, 1, 3])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_with_other_rows_the_documents_of_document_mode_keep_their_order(num_before: int, accumulate: int) -> None:
+    documents = corpus(23, 10)
+
+    def in_order(steps: list[StepData]) -> list[int]:
+        return [token for step in steps for row in plain_rows(step) for token in row.tokens]
+
+    expected = in_order(run(make_packed(documents)))
+    source = make_packed(documents)
+    before = [step for _ in range(num_before) if (step := source.next_step()) is not None]
+    again = make_packed(documents, accumulate=accumulate)
+    again.restore(source.cursor())
+    # Steps are counted on, in the new size; and once more from a checkpoint of the continued run.
+    middle = [step for _ in range(2) if (step := again.next_step()) is not None]
+    last = make_packed(documents, accumulate=accumulate)
+    last.restore(again.cursor())
+    after = run(last)
+    assert in_order(before) + in_order(middle) + in_order(after) == expected
+    assert last.total_steps == again.total_steps == num_before + len(middle) + len(after)
 
 
 def test_a_stream_cursor_of_another_step_size_or_seed_is_refused() -> None:

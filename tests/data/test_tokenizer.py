@@ -1,6 +1,7 @@
 """The tokenizers against the rwkv package's own, and on bytes that are not text."""
 
 import pickle
+from importlib import metadata
 from importlib.resources import files
 
 import numpy as np
@@ -11,6 +12,7 @@ from infctx.data.tokenizer import (
     END_OF_TEXT,
     BytesTokenizer,
     StreamDecoder,
+    Tokenizer,
     WorldTokenizer,
     tokenizer_by_name,
     tokenizer_for_vocab,
@@ -55,6 +57,29 @@ def test_world_encodes_as_the_official_tokenizer(oracle: TRIE_TOKENIZER) -> None
         assert tokenizer.decode_bytes(ids) == text.encode("utf-8")
         assert tokenizer.decode(ids) == text
         assert tokenizer.byte_lengths(ids).sum() == len(text.encode("utf-8"))
+
+
+@pytest.mark.parametrize("tokenizer", [WorldTokenizer(), BytesTokenizer()], ids=["world", "bytes"])
+def test_a_batch_is_its_texts_one_by_one(tokenizer: WorldTokenizer | BytesTokenizer) -> None:
+    generator = np.random.Generator(np.random.PCG64(1))
+    texts = MIXED_TEXTS + [random_text(generator, int(generator.integers(1, 50))) for _ in range(20)] + [""]
+    ids, lengths = tokenizer.encode_batch(texts)
+    assert (ids.dtype, lengths.dtype) == (np.int32, np.int64)
+    expected = [tokenizer.encode(text).tolist() for text in texts]
+    assert [row.tolist() for row in np.split(ids, np.cumsum(lengths)[:-1])] == expected
+    ends = tokenizer.token_ends(texts, ids, lengths)
+    assert ends.dtype == np.int64
+    everything = b""
+    for token, end in zip(ids.tolist(), ends.tolist(), strict=True):
+        everything += tokenizer.decode_bytes([token])
+        assert end == len(everything)
+    assert everything == "".join(texts).encode()
+    for nothing in ([], [""]):
+        ids, lengths = tokenizer.encode_batch(nothing)
+        assert (ids.tolist(), lengths.tolist()) == ([], [0] * len(nothing))
+        assert tokenizer.token_ends(nothing, ids, lengths).tolist() == []
+    with pytest.raises(DataError, match=r"U\+D800 at character 2"):
+        tokenizer.encode_batch(["fine", "ab\ud800cd"])
 
 
 def test_world_knows_the_bytes_of_every_token(oracle: TRIE_TOKENIZER) -> None:
@@ -147,11 +172,20 @@ def test_stream_decoder_flush_shows_the_unfinished_character_once() -> None:
 
 
 def test_names_and_vocabulary_sizes() -> None:
+    assert isinstance(WorldTokenizer(), Tokenizer)
+    assert isinstance(BytesTokenizer(), Tokenizer)
     assert tokenizer_by_name("world").name == "world"
     assert tokenizer_by_name("bytes").name == "bytes"
-    with pytest.raises(DataError, match=r"data\.tokenizer=wrld: expected one of world, bytes"):
+    with pytest.raises(DataError, match=r"data\.tokenizer=wrld: expected one of world, bytes, or the path of a tok"):
         tokenizer_by_name("wrld")
+    with pytest.raises(DataError, match=r"data\.tokenizer=neox: .*[Gg]ive the path of a tokenizer JSON"):
+        tokenizer_by_name("neox")
+    with pytest.raises(DataError, match=r"data\.tokenizer=gone\.json: cannot be read: No such file"):
+        tokenizer_by_name("gone.json")
     assert tokenizer_for_vocab(65536) == "world"
     assert tokenizer_for_vocab(257) == "bytes"
-    with pytest.raises(DataError, match=r"50277.*Set data\.tokenizer"):
+    with pytest.raises(DataError, match=r"50277.*Set data\.tokenizer.*path of a tokenizer JSON"):
         tokenizer_for_vocab(50277)
+    digests = {WorldTokenizer().digest, BytesTokenizer().digest}
+    assert len(digests) == 2
+    assert metadata.version("pyrwkv-tokenizer") in WorldTokenizer().digest

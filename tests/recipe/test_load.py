@@ -128,7 +128,8 @@ run:
         "Model file: an official .pth, or .safetensors as this project writes it.",
         "recipe.yaml, line 1: model.pth: unknown key. Did you mean model.path?",
         "recipe.yaml, line 3: data.path[1]: expected text, got 1.",
-        "recipe.yaml, line 4: data.template: expected text or completion, got 'chatt'.",
+        "recipe.yaml, line 4: data.template: expected text, completion, "
+        "instruct, question or chat or a section with keys of its own, got 'chatt'.",
         "recipe.yaml, line 6: bptt.window: expected a number of at least 1 or document, got 0.",
         "recipe.yaml, line 7: bptt.chunk_tokens: expected a whole number, got 'many'.",
         "recipe.yaml, line 8: optimizer.lr: expected a number, got true.",

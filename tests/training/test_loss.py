@@ -27,10 +27,10 @@ def make_case() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return hidden, weight, targets, loss_weight
 
 
-def expected_loss(hidden: Tensor, weight: Tensor, targets: Tensor, loss_weight: Tensor, l2_wrap: float) -> Tensor:
+def expected_terms(hidden: Tensor, weight: Tensor, targets: Tensor, loss_weight: Tensor, l2_wrap: float) -> Tensor:
     logits = (hidden @ weight.t()).flatten(0, 1)
     losses = F.cross_entropy(logits, targets.flatten(), reduction="none") + l2_wrap / 2 * logits.amax(-1).square()
-    return (losses * loss_weight.flatten()).sum()
+    return losses * loss_weight.flatten()
 
 
 class Doubled(nn.Module):
@@ -61,11 +61,20 @@ def test_loss_and_gradients(is_plain: bool, l2_wrap: float, pieces: bool, monkey
     loss = weighted_loss_sum(hidden, head, targets, loss_weight, vocab_size=IDS, l2_wrap=l2_wrap)
     found = torch.autograd.grad(loss, [hidden, head.weight])
     weight.requires_grad_()
-    expected = expected_loss(hidden, weight, targets, loss_weight, l2_wrap)
+    expected = expected_terms(hidden, weight, targets, loss_weight, l2_wrap).sum()
     torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0.0)
     of_hidden, of_weight = torch.autograd.grad(expected, [hidden, weight])
     torch.testing.assert_close(found[0], of_hidden, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(found[1], of_weight * (1 if is_plain else 2), rtol=1e-11, atol=1e-13)
+
+    fixed = {"vocab_size": IDS, "l2_wrap": l2_wrap, "with_token_losses": True}
+    again, terms = weighted_loss_sum(hidden, head, targets, loss_weight, **fixed)
+    assert torch.equal(again, loss)
+    assert all(
+        torch.equal(*pair) for pair in zip(torch.autograd.grad(again, [hidden, head.weight]), found, strict=True)
+    )
+    assert not terms.requires_grad
+    torch.testing.assert_close(terms, expected_terms(hidden, weight, targets, loss_weight, l2_wrap), rtol=1e-13, atol=0)
 
 
 def test_which_heads_are_plain() -> None:

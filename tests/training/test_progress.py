@@ -294,3 +294,44 @@ def test_a_log_that_cannot_be_written_is_told_of_once(tmp_path) -> None:
     logged.finish()
     assert shown.getvalue().count("cannot write") == 1
     assert "a message" in shown.getvalue()
+
+
+MIXTURE = {
+    "sets": {"code": {"tokens": 90, "loss": 2.1}, "chat": {"tokens": 10, "loss": None}},
+    "val_loss": 1.25,
+    "val_loss_by_set": {"chat": 1.5, "code": None},
+}
+
+
+def test_a_plain_line_shows_the_sets_of_a_mixture() -> None:
+    stream = io.StringIO()
+    progress = PlainProgress(stream, every_seconds=0)
+    progress.start(9, [])
+    progress.step(report(1, **MIXTURE))
+    assert stream.getvalue().startswith(
+        "step 1/9  loss 2.345 (code 2.100, chat –)  val 1.250 (chat 1.500, code –)  12,345 tokens/s"
+    )
+
+
+def test_of_many_sets_some_are_shown() -> None:
+    stream = io.StringIO()
+    progress = PlainProgress(stream, every_seconds=0)
+    progress.start(9, [])
+    progress.step(report(1, sets={f"s{n}": {"tokens": 1, "loss": n / 2} for n in range(10)}))
+    assert "loss 2.345 (s0 0.000, s1 0.500, s2 1.000," in stream.getvalue()
+    assert "s7 3.500, 2 more)" in stream.getvalue()
+
+
+def test_live_keeps_the_latest_of_every_set_on_lines_of_their_own(
+    live: tuple[LiveProgress, io.StringIO, FakeClock],
+) -> None:
+    progress, stream, _ = live
+    progress.start(400, [])
+    progress.step(report(119, **MIXTURE))
+    progress.step(report(120, sets={"chat": {"tokens": 10, "loss": 3.0}, "long " * 20: {"tokens": 1, "loss": 1.0}}))
+    progress.finish()
+    numbers, losses, validation = (line.rstrip() for line in last_frame(stream)[-3:])
+    assert numbers.startswith("loss 2.345  smooth 2.345  val 1.250")
+    assert losses.startswith("loss code 2.100, chat 3.000, long long")
+    assert len(losses) <= 80
+    assert validation == "val chat 1.500, code –"

@@ -29,6 +29,7 @@ def make_chunks() -> list[Chunk]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, 50, (2, 5 * NUM_CHUNKS + 1), generator=generator)
     starts = torch.rand(2, 5 * NUM_CHUNKS, generator=generator) < 0.05
+    sets = torch.randint(3, (2, 5 * NUM_CHUNKS), generator=generator, dtype=torch.uint8)
     chunks = []
     for index in range(NUM_CHUNKS):
         begin, end = 5 * index, 5 * index + (5 if index < NUM_CHUNKS - 1 else 3)
@@ -40,6 +41,8 @@ def make_chunks() -> list[Chunk]:
             starts=starts[:, begin:end],
             index=index,
             has_loss=has_loss,
+            sets=sets[:, begin:end],
+            num_sets=3,
         )
         chunks.append(chunk)
     return chunks
@@ -55,17 +58,26 @@ def written_and_read(place: WindowsPlace) -> WindowsPlace:
         random_state=random_state(torch.device("cpu")),
         passes=3,
         seconds=0.5,
+        set_losses=torch.tensor([1.5, -0.0, 2.0**-60], dtype=torch.float64),
     )
     tensors = {name: tensor.clone() for name, tensor in step.to_tensors().items()}
     facts = json.loads(json.dumps(step.to_facts()))
     read = StepPlace.from_parts(facts, tensors, torch.device("cpu"))
     assert (read.passes, read.seconds) == (3, 0.5)
+    assert torch.equal(read.set_losses, step.set_losses)
     return read.windows
 
 
 def everything(model: Finch, result: ChunkedResult) -> list[Tensor]:
     gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
-    return [result.loss_sum, *result.state, *result.initial_state_gradient, torch.get_rng_state(), *gradients]
+    return [
+        result.loss_sum,
+        result.set_losses,
+        *result.state,
+        *result.initial_state_gradient,
+        torch.get_rng_state(),
+        *gradients,
+    ]
 
 
 @pytest.mark.parametrize("plan", PLANS)

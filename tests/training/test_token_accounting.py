@@ -25,7 +25,6 @@ from infctx.data.chunking import Chunk
 from infctx.data.document import Document
 from infctx.data.load import LoadedData, ledger, load_documents
 from infctx.data.stream import DocumentSource, StepData, StreamSource
-from infctx.data.templates import TEMPLATES, Rendered
 from infctx.data.tokenizer import END_OF_TEXT, BytesTokenizer, WorldTokenizer
 from infctx.recipe.schema import Recipe
 from infctx.training.progress import SilentProgress
@@ -162,7 +161,7 @@ def test_the_ledger_counts_every_token_and_names_every_row_left_out(
     loaded = load(tmp_path, template, tokenizer)
     found = [(tuple(d.tokens.tolist()), tuple((d.weights > 0).tolist())) for d in loaded.documents]
     assert found == expected.documents
-    account = ledger(loaded.documents, loaded.rejected, dropped=loaded.tokens_dropped)
+    account = ledger(loaded.documents, loaded)
     num_in = sum(len(ids) for ids, _ in expected.documents)
     num_trained = sum(sum(trained) for _, trained in expected.documents)
     assert account["documents"] == len(expected.documents)
@@ -178,36 +177,34 @@ def assert_reasons(account: Mapping[str, object], expected: Expected) -> None:
         assert reason in row["reason"]
 
 
-def test_the_ledger_counts_the_tokens_of_rows_that_teach_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a template that trains some rows only: their tokens went in, and were dropped for a reason."""
-
-    def long_texts_only(fields: Mapping[str, object]) -> Rendered:
-        text = str(fields["text"])
-        is_long = len(text.encode()) > 60
-        return Rendered(text=text, trained_spans=((0, 60),) if is_long else (), trains_end_of_text=False)
-
-    monkeypatch.setitem(TEMPLATES, "long", long_texts_only)
+def test_the_ledger_counts_the_tokens_of_rows_that_teach_nothing(tmp_path: Path) -> None:
+    """Conversations without an answer: their tokens went in, and were dropped for a reason."""
     generator = np.random.default_rng(2)
-    texts = [random_text(generator, 80) for _ in range(30)]
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    loaded = load(tmp_path, "long", "bytes")
-    account = ledger(loaded.documents, loaded.rejected, dropped=loaded.tokens_dropped)
-    sizes = [len(text.encode()) for text in texts]
-    num_long = sum(size > 60 for size in sizes)
-    dropped = sum(size + 1 for size in sizes if size <= 60)
-    num_in, trained = sum(sizes) + len(sizes), 59 * num_long
-    assert 0 < num_long < 30
-    assert account["documents"] == num_long
+    sizes, trained, reasons, rows = [], 0, [], []
+    for line in range(1, 31):
+        turns = [{"role": "user", "content": "q" * int(generator.integers(1, 80))}]
+        if generator.random() < 0.5:
+            turns.append({"role": "assistant", "content": "a" * int(generator.integers(1, 80))})
+            # The space before it, and the end of text behind it.
+            trained += 1 + len(turns[1]["content"]) + 1
+        else:
+            reasons.append((str(path), line, "nothing to train on"))
+        text = "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
+        sizes.append(len(text) + 1)
+        rows.append(json.dumps({"messages": turns}))
+    path.write_text("\n".join(rows))
+    loaded = load(tmp_path, "chat", "bytes")
+    account = ledger(loaded.documents, loaded)
+    dropped = sum(sizes[line - 1] for _, line, _ in reasons)
+    assert 0 < len(reasons) < 30
+    assert account["documents"] == 30 - len(reasons)
     assert account["tokens"] == {
-        "in": num_in,
+        "in": sum(sizes),
         "trained": trained,
-        "masked": num_in - trained - dropped,
+        "masked": sum(sizes) - trained - dropped,
         "dropped": dropped,
     }
-    reasons = [(str(path), line, "nothing to train on") for line, size in enumerate(sizes, start=1) if size <= 60]
     assert_reasons(account, Expected(rejected=reasons))
 
 
