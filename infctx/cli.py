@@ -118,26 +118,42 @@ def check(
         _leave(EXIT_BUG, f"The chunked gradient is further than {measured.bound:g} from the unchunked one.")
 
 
-@app.command(epilog="Example: infctx data recipes/quickstart.yaml --show 2")
+@app.command(epilog="Example: infctx data recipes/instruct_quick.yaml --html data.html")
 def data(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    show: Annotated[int, typer.Option(min=0, help="Documents shown, the beginning of each.")] = 1,
+    show: Annotated[int, typer.Option(min=0, help="Documents shown, of each set in turn.")] = 2,
+    html: Annotated[Path | None, typer.Option(help="Write it as a page of its own, too.")] = None,
+    binidx: Annotated[
+        Path | None, typer.Option(help="Write the training documents as PREFIX.bin and PREFIX.idx, for other trainers.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Replace files that exist.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what the model will see: documents, masks in colour, and where every token goes."""
+    """Show what the model will see: documents, masks in colour, lengths, the first step, and where every token goes.
+
+    Large inputs are prepared as for training.
+    """
     loaded = _load_recipe(recipe, overrides).resolved()
-    from infctx.assemble import account_for, open_data
     from infctx.checkpoint.model_file import read_model_file
-    from infctx.data.tokenizer import tokenizer_by_name
+    from infctx.data_view import account_with_facts, check_page, measure, show_data, write_page
+    from infctx.data_view.from_recipe import view_of
+    from infctx.run_data import check_binidx, open_data, write_as_binidx
 
-    opened = open_data(loaded, model_file=read_model_file(loaded.model.path, dtype=None))
-    account = account_for(opened)
+    if html is not None:
+        check_page(html, force=force)
+    if binidx is not None:
+        check_binidx(binidx, force=force)
+    opened = open_data(loaded, model_file=read_model_file(loaded.model.path, dtype=None), say=_say)
+    facts = measure(view_of(loaded, opened), show=show)
     if not as_json:
-        from infctx.data_view import print_data
-
-        print_data(opened.training[:show], tokenizer_by_name(opened.tokenizer), account)
-    _answer(account, as_json)
+        show_data(facts, file=sys.stdout)
+    if html is not None:
+        write_page(facts, html, title=recipe.name, force=force)
+        _say(f"Wrote {html}.")
+    if binidx is not None:
+        _say(write_as_binidx(opened, binidx))
+    _answer(account_with_facts(facts), as_json)
 
 
 @app.command(epilog="Example: infctx export runs/quickstart --format pth --output finch-mine.pth")
@@ -186,7 +202,9 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(min=0, max=LARGEST_SEED, help="The same seed gives the same text.")
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="world or bytes, where the model does not say.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="world, bytes or a tokenizer JSON, where the model does not say.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a text."""
@@ -387,6 +405,27 @@ def recipe_schema(as_json: AsJson = False) -> None:
     from infctx.recipe.load import recipe_json_schema
 
     print(json.dumps(recipe_json_schema(), indent=None if as_json else 2))
+
+
+@app.command("recipe-from-infctx", epilog="Example: infctx recipe-from-infctx config.yaml --output my.yaml")
+def recipe_from_infctx(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A config of RWKV-infctx-trainer, or a datapack.")],
+    output: Annotated[Path | None, typer.Option(help="The recipe to write; without, it is printed.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Translate a config of RWKV-infctx-trainer into a recipe, and say what became of each of its keys."""
+    from infctx.recipe.from_infctx import translate_config, write_translation
+
+    translation = translate_config(config)
+    if output is not None:
+        write_translation(translation, output, config=config, force=force)
+        _say(f"Wrote {output}.")
+    elif not as_json:
+        print(translation.text, end="")
+    _say("\n".join(translation.account).strip())
+    path = None if output is None else str(output)
+    _answer({"path": path, "recipe": translation.text, **translation.to_json()}, as_json)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

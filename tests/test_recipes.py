@@ -1,10 +1,17 @@
-"""Every recipe of the project can be read."""
+"""Every recipe of the project can be read, and those for models that are not here run on a small one."""
 
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from infctx.assemble import run_recipe
 from infctx.recipe.load import load_recipe, recipe_differences, write_recipe
+from infctx.training.metrics import read_metrics
+from infctx.training.progress import SilentProgress
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 RECIPES = sorted(FOLDER.rglob("*.yaml"))
@@ -25,3 +32,71 @@ def test_recipe_loads_and_survives_its_run_folder(path: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("path", RECIPES, ids=[str(path.relative_to(FOLDER)) for path in RECIPES])
 def test_recipe_says_what_it_is_for(path: Path) -> None:
     assert path.read_text(encoding="utf-8").startswith("# "), "a recipe begins with its purpose, hardware and figures"
+
+
+# The recipes of a model that nobody here has, on a small one of the same vocabulary, with data of the same shape
+
+OF_WORLD_MODELS = [path for path in RECIPES if "models/RWKV-" in path.read_text(encoding="utf-8")]
+INSTRUCTIONS = FOLDER.parent / "datasets" / "instructions"
+
+
+@pytest.fixture(scope="module")
+def world_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("world") / "world.pth"
+    sizes = ["--layers", "2", "--channels", "32", "--head-size", "16", "--lerp-rank", "4", "--decay-rank", "4"]
+    subprocess.run([sys.executable, "-m", "infctx", "model", "new", *sizes, "--output", str(path)], check=True)
+    return path
+
+
+def test_there_are_recipes_of_world_models() -> None:
+    assert {path.stem for path in OF_WORLD_MODELS} >= {
+        "finch_1b6_instruct",
+        "finch_1b6_chat",
+        "finch_1b6_lora_exact",
+        "finch_1b6_mixed",
+    }
+
+
+@pytest.mark.parametrize("path", OF_WORLD_MODELS, ids=[path.stem for path in OF_WORLD_MODELS])
+def test_recipe_of_a_world_model_trains(path: Path, world_model: Path, tmp_path: Path) -> None:
+    documents = [json.loads(line)["input"] for line in (INSTRUCTIONS / "long.jsonl").read_text("utf-8").splitlines()]
+    for number, document in enumerate(documents):
+        (tmp_path / f"{number}.txt").write_text(document[:1500], encoding="utf-8")
+    (tmp_path / "docs.jsonl").write_text(
+        "".join(json.dumps({"text": document[:1500]}) + "\n" for document in documents), encoding="utf-8"
+    )
+    tasks = [json.loads(line) for line in (INSTRUCTIONS / "instruct.jsonl").read_text("utf-8").splitlines()]
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps({"prompt": row["instruction"], "completion": row["output"]}) + "\n" for row in tasks[:60])
+    )
+    text = path.read_text(encoding="utf-8")
+    rows = "pairs.jsonl" if "template: completion" in text else "tasks.jsonl"
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tasks[:60]))
+    for theirs, ours in {
+        re.search(r"models/\S+?\.pth", text)[0]: world_model,
+        "my_rows/*.jsonl": tmp_path / rows,
+        "my_chats/*.jsonl": INSTRUCTIONS / "chat.jsonl",
+        "my_docs/*.txt": tmp_path / "*.txt",
+        "my_docs/*.jsonl": tmp_path / "docs.jsonl",
+    }.items():
+        text = text.replace(str(theirs), str(ours))
+    assert "my_" not in text
+    changed = tmp_path / "recipe.yaml"
+    changed.write_text(text, encoding="utf-8")
+    smaller = ["bptt.chunk_tokens=64", "run.rows=2", "run.accumulate=1", "data.validation=0.1"]
+    if "pack_tokens" in text:
+        smaller.append("data.pack_tokens=256")
+    end = "run.steps=2" if "steps:" in text.split("run:")[1] else "run.epochs=1"
+    recipe = load_recipe(changed, [*smaller, end, f"run.folder={tmp_path}/run"])
+    result = run_recipe(recipe, SilentProgress())
+    assert result["steps"] >= 2
+    assert result["val_loss"] < result["first_val_loss"]
+    account = json.loads((tmp_path / "run" / "ledger.json").read_text())
+    tokens = account["tokens"]
+    assert tokens["in"] == tokens["trained"] + tokens["masked"] + tokens["dropped"]
+    if "mixed" not in path.stem:
+        # Of instructions and conversations, the answers only.
+        assert (tokens["masked"] > tokens["trained"] / 4) == ("chat" in path.stem or "instruct" in path.stem)
+    else:
+        last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+        assert set(last["sets"]) == set(last["val_loss_by_set"]) == {"books", "chats"}

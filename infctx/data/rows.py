@@ -171,8 +171,6 @@ class RowReader:
         if len(entries) and int((entries["end"] - entries["begin"]).sum()) < len(tokens):
             tokens, weights, entries = _packed(tokens, weights, entries)
         if len(entries):
-            # A piece of a row begins anew: nothing predicts its first token.
-            weights[entries["begin"]] = 0
             self._builder.add(tokens, weights, entries)
 
     def _kept(self, weights: npt.NDArray[np.float32], entries: Index) -> Index:

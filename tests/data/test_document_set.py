@@ -86,6 +86,7 @@ def test_rechunked_pieces_are_the_joined_tokens(num_tokens: int) -> None:
     np.testing.assert_array_equal(np.concatenate([piece.tokens for piece in found]), joined)
     # The first token of a document inside a piece is predicted by the end of the one before it: it is one text.
     assert all(piece.weights[0] == 0 for piece in found)
+    assert found.lengths.tolist() == [len(piece) for piece in found]
 
 
 def test_the_fingerprint_is_of_the_contents() -> None:
@@ -104,8 +105,11 @@ def test_the_fingerprint_is_of_the_contents() -> None:
         same.pieces(np.arange(12), np.zeros(12, np.int64), np.maximum(same.lengths - 1, 1)),
         DocumentSet.of([Document(tokens=d.tokens, weights=d.weights, origin=d.origin) for d in documents]),
     ]
+    some = np.flatnonzero(same.lengths > 3)
+    for begin in (0, 1):
+        others.append(same.pieces(some, np.full(len(some), begin), np.full(len(some), begin + 2)))
     prints = {found.fingerprint for found in [same, *others]}
-    assert len(prints) == 6
+    assert len(prints) == 8
 
 
 def build(documents: list[Document], *, batches: list[int]) -> TokenStore:
