@@ -12,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 
 from infctx.data.document_set import DocumentSet
-from infctx.data.prepare import OnProgress, Prepared, Reading, prepare, read_in_memory
+from infctx.data.prepare import OnProgress, Prepared, prepare, read_in_memory
+from infctx.data.reading import Reading
 from infctx.data.rows import OnBadRow, RowRules
 from infctx.data.sources.catalog import ReadOptions, find_files, format_of, num_input_bytes, whole
 from infctx.data.sources.records import Rejection

@@ -134,7 +134,7 @@ class StoreBuilder:
         self._run_ends: list[npt.NDArray[np.int64]] = []
         self._run_weights: list[npt.NDArray[np.float32]] = []
         self._indices: list[Index] = []
-        self._num_tokens = 0
+        self.num_tokens = 0
 
     def add(self, tokens: TokenIds, weights: npt.NDArray[np.float32], entries: Index) -> None:
         """Add documents that lie back to back; begin and end of their entries count from the first of these tokens."""
@@ -148,24 +148,26 @@ class StoreBuilder:
         entries["digest"] = _digests(tokens, weights, entries)
         borders = np.flatnonzero(np.diff(weights)) + 1
         ends = np.append(borders, len(weights))
-        self._run_ends.append(ends + self._num_tokens)
+        self._run_ends.append(ends + self.num_tokens)
         self._run_weights.append(weights[ends - 1])
-        entries["begin"] += self._num_tokens
-        entries["end"] += self._num_tokens
+        entries["begin"] += self.num_tokens
+        entries["end"] += self.num_tokens
         self._tokens.append(tokens.astype(self._id_type))
         self._indices.append(entries)
-        self._num_tokens += len(tokens)
+        self.num_tokens += len(tokens)
 
     def finish(self) -> TokenStore:
-        """Give the store of everything that was added."""
-        tokens = np.concatenate([np.zeros(0, self._id_type), *self._tokens])
-        self._tokens.clear()
-        return TokenStore(
-            tokens=tokens,
-            run_ends=np.concatenate(self._run_ends) if self._run_ends else np.zeros(0, np.int64),
-            run_weights=np.concatenate(self._run_weights) if self._run_weights else np.zeros(0, np.float32),
-            index=np.concatenate(self._indices) if self._indices else np.zeros(0, INDEX_TYPE),
+        """Give the store of everything that was added, and begin anew."""
+        store = TokenStore(
+            tokens=np.concatenate([np.zeros(0, self._id_type), *self._tokens]),
+            run_ends=np.concatenate([np.zeros(0, np.int64), *self._run_ends]),
+            run_weights=np.concatenate([np.zeros(0, np.float32), *self._run_weights]),
+            index=np.concatenate([np.zeros(0, INDEX_TYPE), *self._indices]),
         )
+        for parts in (self._tokens, self._run_ends, self._run_weights, self._indices):
+            parts.clear()
+        self.num_tokens = 0
+        return store
 
 
 def _digests(tokens: TokenIds, weights: npt.NDArray[np.float32], entries: Index) -> npt.NDArray[np.uint64]:

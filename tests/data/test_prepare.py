@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from infctx.data import prepare as prepare_module
+from infctx.data import prepare_parts
 from infctx.data.load import IN_MEMORY_BYTES, LoadedData, SetSpec, load_sets
 from infctx.data.rows import RowRules
 from infctx.data.templates import make_template
@@ -98,6 +100,32 @@ def test_a_cache_gives_what_reading_at_once_gives(folder: Path, tmp_path: Path, 
     assert not list((tmp_path / "cache").glob("*.unfinished"))
 
 
+def test_a_unit_may_be_larger_than_the_memory(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compressed file holds is written in pieces as it comes."""
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    (packed / "a.jsonl.gz").write_bytes(gzip.compress((folder / "a.jsonl").read_bytes()))
+    monkeypatch.setattr(prepare_parts, "SPILL_TOKENS", 700)
+    monkeypatch.setattr("infctx.data.rows.BATCH_ROWS", 8)
+    spec = SetSpec(
+        paths=(f"{packed}/*",),
+        template=make_template("text", weight_field="weight"),
+        rules=RowRules(on_bad_row="skip"),
+    )
+    expected = load(spec, None)
+    most = []
+    original = prepare_parts.SpillingBuilder.spill
+
+    def note(self: Any) -> None:
+        most.append(self.num_tokens)
+        original(self)
+
+    monkeypatch.setattr(prepare_parts.SpillingBuilder, "spill", note)
+    assert_same(load(spec, tmp_path / "cache"), expected)
+    assert len(most) > 4
+    assert sum(most) == expected.documents.num_tokens
+
+
 @pytest.mark.usefixtures("_small_units")
 def test_the_number_of_processes_changes_nothing(folder: Path, tmp_path: Path) -> None:
     spec = spec_of(folder)
@@ -116,7 +144,7 @@ def test_a_second_opening_reads_no_row(folder: Path, tmp_path: Path, monkeypatch
     def refuse(*arguments: object, **settings: object) -> None:
         raise AssertionError("read again")
 
-    monkeypatch.setattr(prepare_module, "read_unit", refuse)
+    monkeypatch.setattr("infctx.data.reading.read_unit", refuse)
     monkeypatch.setattr("infctx.data.scan_memory.scan", refuse)
     load(spec, tmp_path / "cache")
 
@@ -191,17 +219,17 @@ def test_a_bad_row_stops_a_preparation_and_names_its_place(folder: Path, tmp_pat
 def test_a_file_that_changes_meanwhile_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = prepare_module._build_part
+    original = prepare_parts.build_part
 
     def build_and_write(*arguments: Any) -> None:
         original(*arguments)
         with (folder / "a.jsonl").open("a") as file:
             file.write('\n{"text": "late", "weight": 1}')
 
-    monkeypatch.setattr(prepare_module, "_build_part", build_and_write)
+    monkeypatch.setattr(prepare_parts, "build_part", build_and_write)
     with pytest.raises(DataError, match=r"a\.jsonl: the file changed while it was being prepared"):
         load(spec_of(folder), tmp_path / "cache")
-    monkeypatch.setattr(prepare_module, "_build_part", original)
+    monkeypatch.setattr(prepare_parts, "build_part", original)
     assert_same(load(spec_of(folder), tmp_path / "cache"), load(spec_of(folder), None))
 
 
@@ -264,13 +292,13 @@ def test_a_killed_preparation_goes_on_where_it_was(
     done = [path for path in cache.glob("*.unfinished/part-*") if "." not in path.name]
     assert len(done) >= 4, "it was stopped in the middle"
     built: list[str] = []
-    original = prepare_module._build_part
+    original = prepare_parts.build_part
 
     def note(job: Any, reading: Any) -> None:
         built.append(job.part.name)
         original(job, reading)
 
-    monkeypatch.setattr(prepare_module, "_build_part", note)
+    monkeypatch.setattr(prepare_parts, "build_part", note)
     spec = spec_of(folder)
     resumed = load(spec, cache)
     assert not set(built) & {path.name for path in done}
