@@ -32,7 +32,7 @@ from infctx.data.sources.records import Rejection, Unit
 from infctx.data.token_store import StoreBuilder, TokenStore, merge, open_store, repeated, without, write_facts
 from infctx.errors import DataError
 
-UNIT_BYTES = 2**25
+UNIT_BYTES = 2**23
 DUPLICATE = "the same as an earlier row"
 
 OnProgress = Callable[[int, int], None]
