@@ -21,6 +21,7 @@ MOST_UNTRAINED_DOCUMENTS = 0.01
 MOST_DUPLICATES = 0.01
 MOST_REJECTED = 0.05
 MOST_PASSES = 10.0
+MOST_PADDING = 0.1
 NAMED_PLACES = 3
 
 
@@ -104,10 +105,15 @@ def _short_documents(seen: _Seen) -> Iterator[Advice]:
     mean = float(lengths.mean())
     if step is None or step.mode != "document" or view.pack_tokens is not None or mean >= view.chunk_tokens:
         return
-    padding = padding_of_an_epoch(lengths, view.order, rows=step.num_rows // step.num_groups)
+    rows_at_once = step.num_rows // step.num_groups
+    padding = padding_of_an_epoch(lengths, view.order, rows=rows_at_once)
+    # Rows of about one length side by side use what there is; one short row alone does not.
+    if rows_at_once > 1 and padding < MOST_PADDING:
+        return
     yield Advice(
         seen=f"The mean document has {mean:,.0f} tokens, fewer than a chunk of {view.chunk_tokens:,}, and each row of "
-        f"a step is one document: {step.padding:.0%} of the first step is padding, {padding:.0%} of the first epoch.",
+        f"a step is one document: {step.padding:.0%} of the first step is padding, {padding:.0%} of the first epoch, "
+        f"and a chunk holds {rows_at_once * min(mean, view.chunk_tokens):,.0f} tokens.",
         to_do=f"Set data.pack_tokens (for example {view.chunk_tokens}) to put several documents into a row; "
         "data.order: bucket puts documents of about one length side by side.",
     )

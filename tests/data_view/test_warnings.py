@@ -177,7 +177,12 @@ def test_documents_shorter_than_a_chunk(make_view: MakeView, byte_document: Byte
     warning = only(make_view(**settings))
     # Rows of 3 and 9 tokens side by side.
     assert warning.startswith("The mean document has 6 tokens, fewer than a chunk of 64, and each row of a step is one")
-    assert "33% of the first step is padding, 33% of the first epoch. Set data.pack_tokens (for example 64)" in warning
+    assert "33% of the first step is padding, 33% of the first epoch, and a chunk holds 12 tokens." in warning
+    assert "Set data.pack_tokens (for example 64)" in warning
+    # Rows of one length leave nothing empty; a row alone fills little of a chunk.
+    alike = [byte_document(f"{place}" * 5) for place in range(8)]
+    assert warnings(make_view(**{**settings, "documents": alike})) == []
+    assert "a chunk holds 6 tokens." in only(make_view(**{**settings, "documents": alike, "rows": 1}))
     assert warnings(make_view(**settings, pack_tokens=64)) == []
     assert warnings(make_view(**{**settings, "mode": "stream"})) == []
     assert warnings(make_view(**{**settings, "chunk_tokens": 6})) == []
