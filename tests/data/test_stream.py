@@ -4,13 +4,16 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from infctx.data.chunking import ChunkSequence
 from infctx.data.document import Document
+from infctx.data.document_set import DocumentSet
+from infctx.data.order import DocumentOrder, Portion
 from infctx.data.stream import DocumentSource, StepData, StreamSource
 from infctx.errors import DataError
 
@@ -345,6 +348,45 @@ def test_a_cursor_of_other_data_is_refused(make: Callable[..., Source]) -> None:
     other = make_packed if make is make_stream else make_stream
     with pytest.raises(DataError, match="mode"):
         other(documents).restore(cursor)
+
+
+@pytest.mark.parametrize("mode", ["stream", "document", "packed"])
+def test_a_mixture_is_the_same_for_any_number_of_ranks(mode: str) -> None:
+    """Rows of a step are dealt from one order, however they are divided; before and after a restart with other ranks."""
+    documents = [replace(one, set_index=int(place % 3 == 0)) for place, one in enumerate(corpus(40, 30, seed=3))]
+    found = DocumentSet.of(documents)
+
+    def make(rank: int, world: int) -> Source:
+        order = DocumentOrder(
+            found.lengths,
+            set_indices=found.set_indices,
+            portions=[Portion(share=0.8), Portion(share=0.2)],
+            seed=5,
+        )
+        settings: dict[str, Any] = {"rows": 1, "accumulate": 4 // world, "chunk_tokens": 4, "seed": 5, "epochs": 2}
+        settings |= {"rank": rank, "world": world, "order": order}
+        if mode == "stream":
+            return StreamSource(found, window=2, **settings)
+        return DocumentSource(found, pack_tokens=20 if mode == "packed" else None, **settings)
+
+    alone = make(0, 1)
+    expected = [plain_rows(step) for step in run(alone)]
+    for world in (2, 4):
+        ranks = [[plain_rows(step) for step in run(make(rank, world))] for rank in range(world)]
+        assert [list(itertools.chain(*rows)) for rows in zip(*ranks, strict=True)] == expected
+    for num_before in range(0, len(expected), 3):
+        begun = [make(rank, 2) for rank in range(2)]
+        for source in begun:
+            for _ in range(num_before):
+                source.next_step()
+        cursors = [source.cursor() for source in begun]
+        assert cursors[0] == cursors[1]
+        rest = []
+        for rank in range(4):
+            again = make(rank, 4)
+            again.restore(json.loads(json.dumps(cursors[0])))
+            rest.append([plain_rows(step) for step in run(again)])
+        assert [list(itertools.chain(*rows)) for rows in zip(*rest, strict=True)] == expected[num_before:]
 
 
 def test_rows_of_a_stream_have_states_and_keep_their_number() -> None:
