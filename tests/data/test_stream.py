@@ -352,7 +352,7 @@ def test_a_cursor_of_other_data_is_refused(make: Callable[..., Source]) -> None:
 
 @pytest.mark.parametrize("mode", ["stream", "document", "packed"])
 def test_a_mixture_is_the_same_for_any_number_of_ranks(mode: str) -> None:
-    """Rows of a step are dealt from one order, however they are divided; before and after a restart with other ranks."""
+    """Rows of a step are dealt from one order, however they are divided; after a restart with other ranks, too."""
     documents = [replace(one, set_index=int(place % 3 == 0)) for place, one in enumerate(corpus(40, 30, seed=3))]
     found = DocumentSet.of(documents)
 
