@@ -22,6 +22,7 @@ COMMANDS = {
     "bench kernels": ["bench", "kernels"],
     "doctor": ["doctor"],
     "recipe-schema": ["recipe-schema"],
+    "recipe-from-infctx": ["recipe-from-infctx"],
 }
 
 
