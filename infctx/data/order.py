@@ -49,7 +49,8 @@ class DocumentOrder:
         portions: of each set.
         seed: of the permutations.
         kind: random = a permutation in every pass; file = as they come; length = shortest first; bucket = random, then
-            sorted by length within stretches of BUCKET_DOCUMENTS, so that rows side by side are about as long.
+            sorted by length within stretches of BUCKET_DOCUMENTS, so that rows side by side are about as long. The
+            proportions of a mixture then hold from stretch to stretch, and not at all with length.
     """
 
     def __init__(
