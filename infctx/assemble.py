@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.recipe.load import load_recipe, recipe_differences, write_recipe
 from infctx.recipe.schema import Recipe
-from infctx.run_data import RunData, data_from_anywhere, open_data, step_source
+from infctx.run_data import RunData, Say, data_from_anywhere, open_data, step_source
 from infctx.training.activation_memory import should_recompute
 from infctx.training.boundary_store import BoundaryPlan, choose_store, free_bytes, free_host_bytes, state_bytes
 from infctx.training.bptt import ChunkObjective
@@ -90,7 +91,7 @@ def run_recipe(recipe: Recipe, progress: Progress, *, fresh: bool = False) -> di
         return {**finished, "already_finished": True}
     try:
         # Everything that can be wrong with the recipe, the model or the data is found before the folder is made.
-        parts = _open_parts(recipe)
+        parts = _open_parts(recipe, _quietly(progress.message))
         folder.mkdir(parents=True, exist_ok=True)
         with RunLock(folder):
             return _run_in_folder(recipe, parts, progress, folder)
@@ -127,18 +128,23 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def check_recipe(
-    recipe: Recipe, *, with_gradient: bool = False, gradient_tokens: int | None = None
+    recipe: Recipe,
+    *,
+    with_gradient: bool = False,
+    gradient_tokens: int | None = None,
+    say: Say = lambda line: None,
 ) -> tuple[list[str], GradientCheck | None]:
     """Open everything a run of the recipe needs, without training or writing anything.
 
     Args:
         with_gradient: also compare gradients, see `check_gradient`; gradient_tokens is its num_tokens.
+        say: told how far a long preparation of the data is.
     Returns:
         What would be printed at the start of the run, and the comparison where it was asked for.
     """
     recipe = _from_anywhere(recipe.resolved())
     recipe = _as_begun(Path(recipe.run.folder), recipe)
-    parts = _open_parts(recipe)
+    parts = _open_parts(recipe, say)
     lines = _headline(recipe, parts)
     if not with_gradient:
         return lines, None
@@ -195,7 +201,17 @@ class _Parts:
     boundaries: BoundaryPlan
 
 
-def _open_parts(recipe: Recipe) -> _Parts:
+def _quietly(say: Say) -> Say:
+    """The same, but a terminal that is gone ends nothing."""
+
+    def say_or_not(line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            say(line)
+
+    return say_or_not
+
+
+def _open_parts(recipe: Recipe, say: Say) -> _Parts:
     engine = FabricEngine(devices=recipe.run.devices, strategy=recipe.run.strategy, precision=recipe.run.precision)
     model_file = read_model_file(recipe.model.path, dtype=None)
     wanted = None if recipe.kernel.backend == "auto" else recipe.kernel.backend
@@ -204,7 +220,7 @@ def _open_parts(recipe: Recipe) -> _Parts:
     except BackendError as error:
         raise RecipeError(f"kernel.backend: {error}") from error
     model_file.model.use_backend(backend)
-    data = open_data(recipe, model_file=model_file)
+    data = open_data(recipe, model_file=model_file, say=say)
     num_base_parameters = sum(parameter.numel() for parameter in model_file.model.parameters())
     # New adapter weights are drawn from the global generator.
     torch.manual_seed(recipe.run.seed)

@@ -96,7 +96,7 @@ def check(
     loaded = _load_recipe(recipe, overrides)
     from infctx.assemble import check_recipe
 
-    lines, measured = check_recipe(loaded, with_gradient=gradient, gradient_tokens=tokens)
+    lines, measured = check_recipe(loaded, with_gradient=gradient, gradient_tokens=tokens, say=_say)
     if not as_json:
         print("\n".join([*lines, "The recipe is valid: nothing was trained or written."]))
     if measured is None:
