@@ -223,12 +223,13 @@ class RowReader:
         return shortened
 
     def _check_ids(self, tokens: TokenIds, entries: Index) -> None:
-        largest = int(tokens.max())
-        if largest >= self._vocab_size:
-            place = int(np.searchsorted(entries["end"], int(tokens.argmax()), "right"))
+        size = self._vocab_size
+        if int(tokens.max()) >= size:
+            first = int(np.argmax(tokens >= size))
+            place = int(np.searchsorted(entries["end"], first, "right"))
             raise DataError(
                 f"{self._file}:{entries['line'][place]}: data.tokenizer={self._tokenizer.name} gives the token id "
-                f"{largest}, but the model's vocabulary has {self._vocab_size} rows (ids 0..{self._vocab_size - 1}). "
+                f"{int(tokens[first])}, but the model's vocabulary has {size} rows (ids 0..{size - 1}). "
                 "Set data.tokenizer to the tokenizer that the model was trained with."
             )
 
