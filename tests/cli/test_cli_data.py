@@ -140,7 +140,7 @@ def test_mistakes(cli: Any, make_recipe: Callable[..., Path], keys: dict[str, An
         ([{"path": "a", "share": 1}, {"path": "b"}], ("data.sets", "share")),
         ([{"path": "a", "share": 1, "epochs": 2}], ("data.sets[0]", "exclude each other")),
         ([{"path": "a"}, {"path": "a"}], ("two sets have the same name",)),
-        ([{"path": "a", "templat": "chat"}], ("data.sets[0].templat", "unknown key")),
+        ([{"path": "a", "template_": "chat"}], ("data.sets[0].template_", "unknown key")),
         ([], ("data.sets", "at least 1")),
     ],
 )
