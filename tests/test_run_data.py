@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from infctx import run_data
-from infctx.recipe.data_section import DataSection
-from infctx.run_data import data_from_anywhere, sampled_rows
+from infctx.recipe.data_section import DataSection, SourceSection
+from infctx.recipe.load import load_recipe, recipe_differences, write_recipe
+from infctx.run_data import data_from_anywhere, sampled_rows, set_spec
 
 
 def section(**keys: Any) -> DataSection:
@@ -81,3 +82,64 @@ def test_rows_are_sampled_with_what_their_template_makes_of_them(tmp_path: Path)
         ({"body": "b"}, True, False),
     ]
     assert len(list(sampled_rows(section(path=str(tmp_path / "many.jsonl"))))) == run_data.SAMPLED_ROWS
+
+
+CHANGED: dict[str, Any] = {
+    "path": "b.jsonl",
+    "exclude": ["c"],
+    "format": "csv",
+    "split": "test",
+    "subset": "de",
+    "template": "instruct",
+    "fields": {"output": "answer"},
+    "roles": {"narrator": "system"},
+    "train_turns": "last",
+    "weights": {"assistant": 2.0},
+    "weight_field": "quality",
+    "weight": 0.5,
+    "min_tokens": 3,
+    "max_tokens": 9,
+    "on_long": "cut",
+    "on_bad_row": "skip",
+    "on_empty_row": "skip",
+    "on_duplicate": "skip",
+    "rechunk_tokens": 7,
+}
+
+
+def test_every_key_of_a_source_reaches_the_reader() -> None:
+    assert set(CHANGED) == set(SourceSection.model_fields)
+    usual: dict[str, Any] = {"path": "a.jsonl", "max_tokens": 8}
+    seen = {}
+    for key, value in CHANGED.items():
+        keys = usual | {key: value}
+        if key in ("roles", "train_turns", "weights"):
+            keys["template"] = "chat"
+        elif key == "fields":
+            keys["template"] = "instruct"
+        seen[key] = set_spec(*section(**keys).sources()[0])
+    plain = {name: set_spec(*section(**usual, template=name).sources()[0]) for name in ("text", "chat", "instruct")}
+    for key, spec in seen.items():
+        kind = {"roles": "chat", "train_turns": "chat", "weights": "chat", "fields": "instruct"}.get(key, "text")
+        assert (spec, spec.template.key()) != (plain[kind], plain[kind].template.key()), f"data.{key} changes nothing"
+
+
+def test_sets_survive_the_run_folder(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: {path: m.pth}\n"
+        "data:\n"
+        "  template: chat\n"
+        "  max_tokens: 50\n"
+        "  sets:\n"
+        "    - {path: a.jsonl, share: 1}\n"
+        "    - {path: b.txt, share: 2, template: {pieces: [{text: '{x}', train: true}]}, max_tokens: 9}\n"
+        "optimizer: {lr: 1e-4}\n"
+        "run: {folder: r, steps: 1}\n"
+    )
+    begun = load_recipe(recipe)
+    write_recipe(begun, tmp_path / "written.yaml")
+    again = load_recipe(tmp_path / "written.yaml")
+    assert again.data.sources() == begun.data.sources()
+    assert [one.max_tokens for _, one in again.data.sources()] == [50, 9]
+    assert recipe_differences(again, begun) == []

@@ -350,6 +350,20 @@ def test_a_cursor_of_other_data_is_refused(make: Callable[..., Source]) -> None:
         other(documents).restore(cursor)
 
 
+def test_a_cursor_of_another_mixture_is_refused() -> None:
+    documents = [replace(one, set_index=place % 2) for place, one in enumerate(corpus(10, 20))]
+    found = DocumentSet.of(documents)
+
+    def make(share: float) -> StreamSource:
+        portions = [Portion(share=share), Portion(share=1.0)]
+        order = DocumentOrder(found.lengths, set_indices=found.set_indices, portions=portions, seed=0)
+        return StreamSource(found, rows=1, accumulate=1, chunk_tokens=4, window=1, seed=0, steps=3, order=order)
+
+    make(2.0).restore(make(2.0).cursor())
+    with pytest.raises(DataError, match=r"order \(then \['random', .*\], now \['random', .*\]\)"):
+        make(3.0).restore(make(2.0).cursor())
+
+
 @pytest.mark.parametrize("mode", ["stream", "document", "packed"])
 def test_a_mixture_is_the_same_for_any_number_of_ranks(mode: str) -> None:
     """Rows of a step are dealt from one order, however they are divided; after a restart with other ranks, too."""
