@@ -1,19 +1,21 @@
 """From files to documents: the policy for bad rows, the validation split, and the ledger."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from infctx.data import rows as rows_module
 from infctx.data.document import Document
 from infctx.data.document_set import DocumentSet
 from infctx.data.load import LoadedData, SetSpec, ledger, load_documents, load_sets
 from infctx.data.rows import RowRules
 from infctx.data.split import split_tail, split_validation
-from infctx.data.templates import make_template
-from infctx.data.tokenizer import BytesTokenizer, WorldTokenizer
+from infctx.data.templates import Rendered, TokenBatch, make_template
+from infctx.data.tokenizer import BytesTokenizer, Tokenizer, WorldTokenizer
 from infctx.errors import DataError
 
 BYTES = BytesTokenizer()
@@ -279,6 +281,22 @@ def test_long_documents(tmp_path: Path, policy: str, kept: list[str], dropped: d
             "3 [tokens 8-15]",
             "3 [tokens 16-20]",
         ]
+
+
+def test_a_batch_is_bounded_by_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows may be large: so many of them are not held at once."""
+    sizes: list[int] = []
+    original = rows_module.make_documents
+
+    def note(rendered: Sequence[Rendered], tokenizer: Tokenizer) -> TokenBatch:
+        sizes.append(len(rendered))
+        return original(rendered, tokenizer)
+
+    monkeypatch.setattr(rows_module, "make_documents", note)
+    monkeypatch.setattr(rows_module, "BATCH_CHARACTERS", 100)
+    rows: list[dict[str, object]] = [{"text": "x" * length} for length in (60, 60, 10, 10, 300, 5)]
+    assert len(load_rows(tmp_path, rows).documents) == 6
+    assert sizes == [2, 3, 1]
 
 
 def test_duplicates(tmp_path: Path) -> None:
