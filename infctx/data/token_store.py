@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -102,10 +102,11 @@ class TokenStore:
     def save(self, folder: Path, facts: dict[str, Any], *, with_tokens: bool = True) -> None:
         """Write the store into an empty folder; `facts` are what `open_store` gives back beside it."""
         if with_tokens:
-            self.tokens.tofile(folder / _TOKENS)
-        np.save(folder / _RUN_ENDS, self.run_ends)
-        np.save(folder / _RUN_WEIGHTS, self.run_weights)
-        np.save(folder / _INDEX, self.index)
+            with (folder / _TOKENS).open("wb") as file:
+                _write_ids(file, self.tokens)
+        for name, array in ((_RUN_ENDS, self.run_ends), (_RUN_WEIGHTS, self.run_weights), (_INDEX, self.index)):
+            with (folder / name).open("wb") as file:
+                np.lib.format.write_array(_Writer(file), array, allow_pickle=False)
         write_facts(folder, {**facts, "id_type": self.tokens.dtype.str})
 
 
@@ -199,7 +200,7 @@ def merge(stores: Iterable[TokenStore], into: Path | None = None) -> TokenStore:
             if file is None:
                 tokens.append(store.tokens)
             else:
-                np.ascontiguousarray(store.tokens).tofile(file)
+                _write_ids(file, store.tokens)
             run_ends.append(store.run_ends + base)
             run_weights.append(np.array(store.run_weights))
             entries = np.array(store.index)
@@ -229,6 +230,17 @@ def without(store: TokenStore, places: npt.NDArray[np.int64], into: Path | None 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     """Write what `open_store` gives back as facts."""
     (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _write_ids(file: BinaryIO, ids: TokenIds) -> None:
+    file.write(np.ascontiguousarray(ids).data)
+
+
+class _Writer:
+    """A file that numpy writes through: on its own it reports a full disk as an error without a number."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.write = file.write
 
 
 def _mapped_ids(folder: Path, id_type: np.dtype[Any]) -> TokenIds:

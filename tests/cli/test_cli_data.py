@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,24 @@ def test_a_cache_and_processes_may_change_between_runs(cli: Any, mixture: Callab
     cli("train", mixture(cache=str(tmp_path / "cache"), workers=2), "run.steps=4").ok()
     assert (tmp_path / "run" / "result.json").read_text() == before
     assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_disk_that_is_full_is_the_machines_fault_and_loses_nothing(
+    cli: Any, make_recipe: Callable[..., Path], tmp_path: Path, workers: int
+) -> None:
+    texts = [{"text": f"{number} " * 4000} for number in range(200)]
+    (tmp_path / "large.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    recipe = make_recipe(
+        data={"path": str(tmp_path / "large.jsonl"), "cache": str(tmp_path / "kept"), "workers": workers}
+    )
+    # No file above 400 KB; Python 3.11.2 would write cut-off bytecode.
+    command = f"ulimit -f 400; exec {sys.executable} -B -m infctx data {recipe} --json"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stdout) == (4, ""), ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "The disk failed: File too large" in ended.stderr
+    assert cli("data", recipe, "--json").ok().json["documents"] == 200
 
 
 @pytest.mark.parametrize(
