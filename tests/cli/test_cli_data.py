@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from infctx import run_data
+from infctx.data import prepare
+
 CHATS = [
     {"messages": [{"role": "user", "content": f"What is {n} + {n}?"}, {"role": "assistant", "content": f"{2 * n}."}]}
     for n in range(12)
@@ -110,6 +113,16 @@ def test_a_cache_and_processes_may_change_between_runs(cli: Any, mixture: Callab
     cli("train", mixture(cache=str(tmp_path / "cache"), workers=2), "run.steps=4").ok()
     assert (tmp_path / "run" / "result.json").read_text() == before
     assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("command", ["data", "check", "train"])
+def test_a_long_preparation_says_how_far_it_is(
+    cli: Any, make_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(prepare, "UNIT_BYTES", 100)
+    monkeypatch.setattr(run_data, "SECONDS_BETWEEN_LINES", 1e-9)
+    recipe = make_recipe(data={"cache": str(tmp_path / "kept"), "workers": 1}, run={"steps": 1})
+    assert "preparing data: 0.00 of 0.00 GB" in cli(command, recipe).ok().err
 
 
 @pytest.mark.parametrize("workers", [1, 2])

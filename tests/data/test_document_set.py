@@ -176,6 +176,15 @@ def test_documents_that_are_left_out_leave_no_hole(tmp_path: Path) -> None:
             np.testing.assert_array_equal(document.weights, documents[number].weights)
 
 
+def test_a_fully_trained_text_is_one_run_of_weights() -> None:
+    """The first token's 0 is not stored: it would be two runs more for each document."""
+    whole = [document for document in random_documents(40) if document.weights[1:].all() and len(document) > 1]
+    plain = [d for d in whole if (d.weights[1:] == 1).all()]
+    assert len(plain) > 3
+    store = build(plain, batches=[len(plain)])
+    assert (store.run_ends.tolist(), store.run_weights.tolist()) == ([sum(map(len, plain))], [1.0])
+
+
 def test_a_store_without_documents(tmp_path: Path) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()

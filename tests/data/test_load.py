@@ -112,6 +112,13 @@ def test_ids_beyond_the_model_are_refused_even_when_skipping(tmp_path: Path) -> 
     assert len(load_documents([str(file)], tokenizer=BYTES, vocab_size=197).documents) == 1
 
 
+def test_the_first_row_beyond_the_model_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n{"text": "\u00e9"}\n{"text": "\U0001f600"}\n')
+    with pytest.raises(DataError, match=rf"{file}:2: .* id 196, "):
+        load_documents([str(file)], tokenizer=BYTES, vocab_size=196)
+
+
 def test_no_documents_at_all(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"\n")

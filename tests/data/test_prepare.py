@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +308,13 @@ def test_a_killed_preparation_goes_on_where_it_was(
     assert_same(resumed, load(spec, None))
     # Its processes have ended with it.
     assert_ends(process.pid)
+
+
+def test_workers_leave_an_interrupt_to_their_parent() -> None:
+    """It reaches the whole group of a terminal; what they are at is finished and kept."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=prepare_parts._begin_worker) as pool:
+        assert pool.submit(signal.raise_signal, signal.SIGINT).result(60) is None
 
 
 def test_a_damaged_cache_is_named(folder: Path, tmp_path: Path) -> None:
