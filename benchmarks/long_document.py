@@ -94,9 +94,9 @@ def open_document():
     import os
 
     import infctx
-    from infctx.assemble import open_data
     from infctx.checkpoint.model_file import read_model_file
     from infctx.recipe.load import load_recipe
+    from infctx.run_data import open_data
 
     os.chdir(ROOT)
     recipe = load_recipe(RECIPE)
