@@ -14,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from infctx.checkpoint.atomic import write_file_atomically
+from infctx.checkpoint.raw_bytes import raw_bytes
 from infctx.errors import CheckpointError
+from infctx.model.tensors import StoredTensor
 
 MAX_HEADER_BYTES = 32 << 20
 
@@ -52,24 +54,30 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path}: damaged: {str(error)[:300]}. Fetch or write the file again.") from error
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors and metadata, atomically; the same input gives the same bytes.
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor | StoredTensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors and metadata, atomically; the same input gives the same bytes. Stored tensors are read one by one.
 
     Args: tensors: on any device and with any strides; those that share memory are written each by itself.
     Raises: OSError if the disk is full or fails; an existing `path` is untouched then.
     """
+    for name, tensor in tensors.items():
+        is_sparse = isinstance(tensor, Tensor) and tensor.layout != torch.strided
+        if tensor.dtype not in _DTYPE_NAMES or is_sparse or name == "__metadata__":
+            raise CheckpointError(
+                f"{path}: cannot hold tensor {name!r} ({tensor.dtype}{', sparse' if is_sparse else ''}); expected a "
+                f"dense tensor of one of {', '.join(_DTYPE_NAMES.values())}, not called __metadata__. "
+                "Convert or rename it."
+            )
+    stored = {name: x if isinstance(x, StoredTensor) else StoredTensor.of(x) for name, x in tensors.items()}
     # Wide elements first, so that every tensor starts at a multiple of its element size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = sorted(stored, key=lambda name: (-stored[name].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for name in names:
-        tensor = tensors[name]
-        if tensor.dtype not in _DTYPE_NAMES or tensor.layout != torch.strided or name == "__metadata__":
-            raise CheckpointError(
-                f"{path}: cannot hold tensor {name!r} ({tensor.dtype}, {tensor.layout}); expected a dense tensor of "
-                f"one of {', '.join(_DTYPE_NAMES.values())}, not called __metadata__. Convert or rename it."
-            )
-        end = offset + tensor.numel() * tensor.element_size()
+        tensor = stored[name]
+        end = offset + tensor.num_bytes
         header[name] = {
             "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -83,9 +91,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         with unfinished.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
-                if tensors[name].numel():
-                    flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-                    file.write(flat.view(torch.uint8).numpy().data)
+                file.write(raw_bytes(stored[name].read()))
 
     write_file_atomically(path, write)
 

@@ -1,18 +1,18 @@
 """Model files in and out: .pth, .safetensors, and folders of .safetensors shards."""
 
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from infctx.checkpoint.atomic import write_file_atomically
+from infctx.checkpoint.mapped_memory import streamed
 from infctx.checkpoint.pth_reader import read_pth
+from infctx.checkpoint.pth_writer import write_pth
 from infctx.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from infctx.errors import CheckpointError
+from infctx.model.tensors import StoredTensor
 
-__all__ = ["read_tensors", "write_pth", "write_safetensors"]
+__all__ = ["read_stored", "read_tensors", "write_pth", "write_safetensors"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -47,57 +47,14 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     )
 
 
-def write_pth(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a plain dict of name -> tensor with torch.save, atomically, in the order given.
+def read_stored(path: Path | str, *, is_streamed: bool = False) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """`read_tensors`, each tensor to be read when it is needed.
 
-    Each tensor is written dense and by itself: no shared storage, no gradient, on the CPU.
-    Raises: OSError if the disk is full or fails; an existing `path` is untouched then.
+    Args: is_streamed: reading one gives a copy and leaves no memory behind.
     """
-
-    def write(unfinished: Path) -> None:
-        with unfinished.open("wb") as file:
-            sink = _Sink(file.write)
-            try:
-                torch.save(_separate(tensors), sink)
-            except RuntimeError as error:
-                # torch's writer turns "no space left" into its own complaint about a position.
-                raise sink.error or error from error
-
-    write_file_atomically(path, write)
-
-
-class _Sink:
-    """What torch.save writes into; remembers the error that torch hides."""
-
-    def __init__(self, write_bytes: Callable[[bytes], int]) -> None:
-        self._write_bytes = write_bytes
-        self.error: OSError | None = None
-
-    def write(self, block: bytes) -> int:
-        try:
-            return self._write_bytes(block)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        """Asked for by torch.save; closing the file flushes it."""
-
-
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of their own storage each, copied only where needed: torch.save writes a view's whole storage."""
-    separate: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        dense = tensor.detach().cpu().contiguous()
-        storage = dense.untyped_storage()
-        address = storage.data_ptr()
-        if storage.nbytes() != dense.numel() * dense.element_size() or address in seen:
-            dense = dense.clone()
-        if address:
-            seen.add(address)
-        separate[name] = dense
-    return separate
+    tensors, metadata = read_tensors(path)
+    wrap = streamed if is_streamed else StoredTensor.of
+    return {name: wrap(tensor) for name, tensor in tensors.items()}, metadata
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -281,4 +281,4 @@ def test_a_full_disk_is_an_oserror(tmp_path, write, limit_bytes):
 
 
 def test_public_names():
-    assert set(weights.__all__) == {"read_tensors", "write_pth", "write_safetensors"}
+    assert set(weights.__all__) == {"read_stored", "read_tensors", "write_pth", "write_safetensors"}
