@@ -1,0 +1,33 @@
+"""How commands speak: to people on stderr, to programs as one JSON object on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from typing import Any
+
+
+def say(text: str) -> None:
+    """Tell a person."""
+    with contextlib.suppress(OSError, ValueError):  # Nobody may be reading any more.
+        print(text, file=sys.stderr)
+
+
+def answer(result: dict[str, Any], as_json: bool) -> None:
+    """Tell a program, if one asked."""
+    if as_json:
+        print(json.dumps({key: _json_value(value) for key, value in result.items()}, allow_nan=False))
+
+
+def shown(value: object) -> str:
+    """A fact as a person reads it."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _json_value(value: object) -> object:
+    """JSON has no infinity and no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
