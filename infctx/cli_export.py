@@ -116,7 +116,9 @@ def _write(
         f"(the logits' standard deviation is {written.logit_std:.2g})."
     )
     facts = {"path": str(output), "format": format, "max_logit_difference": written.max_logit_difference}
-    answer({**facts, "bytes": written.num_bytes, "notes": list(written.notes)}, as_json)
+    writing, proving = written.seconds
+    seconds = {"writing": round(writing, 2), "proving": round(proving, 2)}
+    answer({**facts, "bytes": written.num_bytes, "seconds": seconds, "notes": list(written.notes)}, as_json)
 
 
 def _with_bar(source: ModelTensors, write: Callable[[ModelTensors], Exported]) -> Exported:

@@ -66,7 +66,7 @@ def open_model(path: str | Path, *, is_streamed: bool = False) -> ModelTensors:
         CheckpointError: names the file, the tensor, what was expected and what was found.
     """
     stored, metadata = read_stored(path, is_streamed=is_streamed)
-    tensors = to_official(stored, file=str(path))
+    tensors = to_official(stored, metadata, file=str(path))
     config = finch_keys.read_config(tensors, file=str(path))
     return ModelTensors(
         config=config,

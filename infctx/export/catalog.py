@@ -46,6 +46,7 @@ _SUFFIXES = {".pth": "pth", ".safetensors": "safetensors", ".gguf": "gguf"}
 _OWN_FILES = (
     *(SINGLE_FILE, INDEX_FILE, SHARD_PATTERN),
     *("config.json", "generation_config.json", "tokenizer_config.json", "rwkv_vocab_v20230424.txt"),
+    *("added_tokens.json", "special_tokens_map.json"),
     *("configuration_rwkv*.py", "modeling_rwkv*.py", "hf_rwkv_tokenizer.py", "__pycache__"),
 )
 
@@ -87,7 +88,7 @@ def write_prepared(source: ModelTensors, path: Path, format: str, options: Expor
 
 def is_folder_output(path: Path, *, format: str) -> bool:
     """Whether the export becomes a folder: safetensors is one where the name does not end in .safetensors."""
-    return FORMATS[format].has_folder or (format == "safetensors" and (path.is_dir() or not path.suffix))
+    return FORMATS[format].has_folder or (format == "safetensors" and path.suffix != ".safetensors")
 
 
 def format_of(path: Path, format: str | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from infctx.checkpoint.layouts.fla import LAYOUT as FLA
-from infctx.checkpoint.layouts.fla import fla_num_layers, fla_rows, is_fla
+from infctx.checkpoint.layouts.fla import VALUE_SCALE_KEY, fla_num_layers, fla_rows, is_fla
 from infctx.checkpoint.layouts.hugging_face import LAYOUT as HUGGING_FACE
 from infctx.checkpoint.layouts.hugging_face import hugging_face_rows, hugging_face_version, is_hugging_face
 from infctx.checkpoint.layouts.rows import LayoutRow, from_layout
@@ -14,7 +14,9 @@ from infctx.model.finch_keys import strip_prefix
 from infctx.model.tensors import StoredTensor
 
 
-def to_official(stored: Mapping[str, StoredTensor], *, file: str) -> dict[str, StoredTensor]:
+def to_official(
+    stored: Mapping[str, StoredTensor], metadata: Mapping[str, str], *, file: str
+) -> dict[str, StoredTensor]:
     """The tensors under official names, whatever layout they come in; shapes may still be squeezed.
 
     Raises: CheckpointError if a layout is recognised and a tensor of it is missing, or one is too many.
@@ -24,7 +26,8 @@ def to_official(stored: Mapping[str, StoredTensor], *, file: str) -> dict[str, S
         version, num_layers = hugging_face_version(stored)
         rows, layout = hugging_face_rows(_sizeless(version, num_layers)), HUGGING_FACE
     elif is_fla(stored):
-        rows, layout = fla_rows(_sizeless("6", fla_num_layers(stored))), FLA
+        scale = float(metadata.get(VALUE_SCALE_KEY, "1"))
+        rows, layout = fla_rows(_sizeless("6", fla_num_layers(stored)), value_scale=scale), FLA
     else:
         return strip_prefix(stored)
     return from_layout(rows, stored, file=file, layout=layout)
