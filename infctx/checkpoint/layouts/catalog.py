@@ -30,7 +30,8 @@ def to_official(
         is_scaled = VALUE_SCALE_KEY in metadata
         if is_scaled and metadata[VALUE_SCALE_KEY] != str(VALUE_SCALE):
             raise CheckpointError(
-                f"{file}: its metadata has {VALUE_SCALE_KEY} {metadata[VALUE_SCALE_KEY][:40]!r}; expected {VALUE_SCALE}."
+                f"{file}: its metadata has {VALUE_SCALE_KEY} {metadata[VALUE_SCALE_KEY][:40]!r}; "
+                f"expected {VALUE_SCALE}."
             )
         config = _sizeless("6", fla_num_layers(stored))
         rows, layout = fla_rows(config, value_scale=VALUE_SCALE if is_scaled else 1.0), FLA
