@@ -25,7 +25,7 @@ Format = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="fp32, fp16, bf16, q8_0 (gguf only), or keep: as it is stored.")]
 ShardSize = Annotated[
-    float, typer.Option(min=0.0001, help="Most of one file of a folder of safetensors, in GB (10^9 bytes).")
+    float, typer.Option(min=0.000001, help="Most of one file of a folder of safetensors, in GB (10^9 bytes).")
 ]
 Code = Annotated[
     Path | None,
