@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from infctx.checkpoint.layouts.fla import LAYOUT as FLA
 from infctx.checkpoint.layouts.fla import fla_num_layers, fla_rows, is_fla
+from infctx.checkpoint.layouts.gguf import ARCHITECTURE_KEY, from_gguf
 from infctx.checkpoint.layouts.hugging_face import LAYOUT as HUGGING_FACE
 from infctx.checkpoint.layouts.hugging_face import hugging_face_rows, hugging_face_version, is_hugging_face
 from infctx.checkpoint.layouts.rows import LayoutRow, from_layout
@@ -14,11 +15,16 @@ from infctx.model.finch_keys import strip_prefix
 from infctx.model.tensors import StoredTensor
 
 
-def to_official(stored: Mapping[str, StoredTensor], *, file: str) -> dict[str, StoredTensor]:
+def to_official(
+    stored: Mapping[str, StoredTensor], *, file: str, metadata: Mapping[str, str] | None = None
+) -> dict[str, StoredTensor]:
     """The tensors under official names, whatever layout they come in; shapes may still be squeezed.
 
+    Args: metadata: of the file, where it has some; a GGUF file is told by it.
     Raises: CheckpointError if a layout is recognised and a tensor of it is missing, or one is too many.
     """
+    if metadata is not None and ARCHITECTURE_KEY in metadata:
+        return from_gguf(stored, metadata, file=file)
     rows: list[LayoutRow]
     if is_hugging_face(stored):
         version, num_layers = hugging_face_version(stored)
