@@ -12,15 +12,13 @@ from torch import Tensor, nn
 
 from infctx.checkpoint.layouts.catalog import to_official
 from infctx.checkpoint.layouts.rows import check_names
-from infctx.checkpoint.weights import read_stored
+from infctx.checkpoint.weights import TOKENIZER_KEY, read_stored
 from infctx.errors import CheckpointError
 from infctx.model import finch_keys
 from infctx.model.config import FinchConfig
 from infctx.model.finch import Finch
 from infctx.model.tensors import ModelTensors, StoredTensor
 
-# Key of our safetensors metadata: which tokenizer the model's ids belong to.
-TOKENIZER_KEY = "infctx.tokenizer"
 # Enough of every tensor to tell two models apart, little enough to take no time at 14 B parameters.
 FINGERPRINT_VALUES = 64
 

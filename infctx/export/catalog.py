@@ -14,6 +14,7 @@ from infctx.checkpoint.model_file import tensors_of
 from infctx.checkpoint.shards import INDEX_FILE, SHARD_PATTERN, SINGLE_FILE
 from infctx.errors import CheckpointError
 from infctx.export.fla import prepare_fla, write_fla
+from infctx.export.gguf import prepare_gguf, write_prepared_gguf
 from infctx.export.hugging_face import prepare_hugging_face, write_hugging_face
 from infctx.export.official import (
     prepare_pth,
@@ -40,6 +41,7 @@ FORMATS = {
     "safetensors": Format(prepare_safetensors, write_official_safetensors),
     "hf": Format(prepare_hugging_face, write_hugging_face, has_folder=True),
     "fla": Format(prepare_fla, write_fla, has_folder=True),
+    "gguf": Format(prepare_gguf, write_prepared_gguf),
 }
 _SUFFIXES = {".pth": "pth", ".safetensors": "safetensors", ".gguf": "gguf"}
 # What an export leaves in a folder: nothing else is ever replaced.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from infctx.checkpoint.layouts.fla import LAYOUT as FLA
 from infctx.checkpoint.layouts.fla import VALUE_SCALE, VALUE_SCALE_KEY, fla_num_layers, fla_rows, is_fla
+from infctx.checkpoint.layouts.gguf import ARCHITECTURE_KEY, from_gguf
 from infctx.checkpoint.layouts.hugging_face import LAYOUT as HUGGING_FACE
 from infctx.checkpoint.layouts.hugging_face import hugging_face_rows, hugging_face_version, is_hugging_face
 from infctx.checkpoint.layouts.rows import LayoutRow, from_layout
@@ -20,8 +21,11 @@ def to_official(
 ) -> dict[str, StoredTensor]:
     """The tensors under official names, whatever layout they come in; shapes may still be squeezed.
 
+    Args: metadata: of the file; a GGUF file is told by it.
     Raises: CheckpointError if a layout is recognised and a tensor of it is missing, or one is too many.
     """
+    if ARCHITECTURE_KEY in metadata:
+        return from_gguf(stored, metadata, file=file)
     rows: list[LayoutRow]
     if is_hugging_face(stored):
         version, num_layers = hugging_face_version(stored)
