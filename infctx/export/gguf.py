@@ -172,19 +172,17 @@ def _blocks(tensor: Tensor) -> Iterator[Tensor]:
 
 def _encoded(gguf: ModuleType, block: Tensor, kind: GgufType, *, where: str) -> memoryview:
     """The bytes of a piece, after a look whether the type holds every value."""
-    if kind.dtype is not None:
-        numbers = is_held = block.to(kind.dtype)
-    else:
-        values = block.float()
-        numbers = torch.from_numpy(gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType[kind.name]))
-        # The scale of a block, a float16, is its largest value over 127.
-        is_held = (values.abs().amax(dim=1) / 127).half()
-    if not bool(torch.isfinite(is_held).all()):
+    # The scale of a block of Q8_0, a float16, is its largest value over 127.
+    held = block.to(kind.dtype) if kind.dtype is not None else (block.float().abs().amax(dim=1) / 127).half()
+    if not bool(torch.isfinite(held).all()):
         raise CheckpointError(
             f"{where}: {kind.name} cannot hold its largest value, {float(block.float().abs().max()):.4g}. "
             "Nothing was written. Use bf16 or fp32, or look whether the weights are damaged."
         )
-    return raw_bytes(numbers)
+    if kind.dtype is not None:
+        return raw_bytes(held)
+    code = gguf.GGMLQuantizationType[kind.name]
+    return raw_bytes(torch.from_numpy(gguf.quants.quantize(block.float().numpy(), code)))
 
 
 def _pad(file: BinaryIO) -> None:
