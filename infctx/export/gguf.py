@@ -6,7 +6,7 @@ conversion script and the model loader of llama.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, Literal
@@ -77,8 +77,7 @@ def write_gguf(source: ModelTensors, path: Path, *, dtype: GgufDtype) -> list[st
         with unfinished.open("ab") as file:
             for name, tensor in tensors.items():
                 _pad(file)
-                for block in _blocks(tensor.read()):
-                    file.write(_encoded(gguf, block, kinds[name], where=f"{path}: tensor {name}"))
+                _write_tensor(file, tensor.read(), kinds[name], gguf=gguf, where=f"{path}: tensor {name}")
             _pad(file)
 
     write_file_atomically(path, write)
@@ -164,10 +163,12 @@ def _write_header(
         writer.close()
 
 
-def _blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor in pieces of whole rows."""
+def _write_tensor(file: BinaryIO, tensor: Tensor, kind: GgufType, *, gguf: ModuleType, where: str) -> None:
+    """In pieces of whole rows. By itself, so that nothing holds the tensor while the next one is read."""
     rows = tensor.reshape(-1, tensor.shape[-1])
-    return iter(rows.split(max(1, BLOCK_ELEMENTS // rows.shape[1])))
+    rows_at_once = max(1, BLOCK_ELEMENTS // rows.shape[1])
+    for start in range(0, len(rows), rows_at_once):
+        file.write(_encoded(gguf, rows[start : start + rows_at_once], kind, where=where))
 
 
 def _encoded(gguf: ModuleType, block: Tensor, kind: GgufType, *, where: str) -> memoryview:
