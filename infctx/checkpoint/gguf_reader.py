@@ -27,7 +27,7 @@ ARCHITECTURE_KEY = "general.architecture"
 VERSIONS = (2, 3)
 # Far above what any model has, low enough to walk through in well under a second and a few MB.
 MAX_HEADER_BYTES = 64 << 20
-MAX_TENSORS = 16384
+MAX_TENSORS = 8192
 MAX_KEYS = 4096
 MAX_ARRAY_STRINGS = 1 << 20
 MAX_NAME_BYTES = 1024

@@ -6,7 +6,7 @@ conversion script and the model loader of llama.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -106,8 +106,7 @@ def write_gguf(source: ModelTensors, path: Path, *, dtype: GgufDtype) -> list[st
         with unfinished.open("ab") as file:
             for name, tensor in tensors.items():
                 _pad(file)
-                for block in _blocks(tensor.read()):
-                    file.write(_encoded(gguf, block, kinds[name], where=f"{path}: tensor {name}"))
+                _write_tensor(file, tensor.read(), kinds[name], gguf=gguf, where=f"{path}: tensor {name}")
             _pad(file)
 
     write_file_atomically(path, write)
@@ -193,27 +192,27 @@ def _write_header(
         writer.close()
 
 
-def _blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor in pieces of whole rows."""
+def _write_tensor(file: BinaryIO, tensor: Tensor, kind: GgufType, *, gguf: ModuleType, where: str) -> None:
+    """In pieces of whole rows. By itself, so that nothing holds the tensor while the next one is read."""
     rows = tensor.reshape(-1, tensor.shape[-1])
-    return iter(rows.split(max(1, BLOCK_ELEMENTS // rows.shape[1])))
+    rows_at_once = max(1, BLOCK_ELEMENTS // rows.shape[1])
+    for start in range(0, len(rows), rows_at_once):
+        file.write(_encoded(gguf, rows[start : start + rows_at_once], kind, where=where))
 
 
 def _encoded(gguf: ModuleType, block: Tensor, kind: GgufType, *, where: str) -> memoryview:
     """The bytes of a piece, after a look whether the type holds every value."""
-    if kind.dtype is not None:
-        numbers = is_held = block.to(kind.dtype)
-    else:
-        values = block.float()
-        numbers = torch.from_numpy(gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType[kind.name]))
-        # The scale of a block, a float16, is its largest value over 127.
-        is_held = (values.abs().amax(dim=1) / 127).half()
-    if not bool(torch.isfinite(is_held).all()):
+    # The scale of a block of Q8_0, a float16, is its largest value over 127.
+    held = block.to(kind.dtype) if kind.dtype is not None else (block.float().abs().amax(dim=1) / 127).half()
+    if not bool(torch.isfinite(held).all()):
         raise CheckpointError(
             f"{where}: {kind.name} cannot hold its largest value, {float(block.float().abs().max()):.4g}. "
             "Nothing was written. Use bf16 or fp32, or look whether the weights are damaged."
         )
-    return raw_bytes(numbers)
+    if kind.dtype is not None:
+        return raw_bytes(held)
+    code = gguf.GGMLQuantizationType[kind.name]
+    return raw_bytes(torch.from_numpy(gguf.quants.quantize(block.float().numpy(), code)))
 
 
 def _pad(file: BinaryIO) -> None:

@@ -117,7 +117,7 @@ def test_other_suffixes_are_read_by_content(tmp_path, name):
     assert read_tensors(tmp_path / name)[1] == {"k": "v"}
     write_pth(tmp_path / name, {"a": torch.ones(2)})
     assert read_tensors(tmp_path / name)[1] == {}
-    (tmp_path / name).write_bytes(b"GGUF and more")
+    (tmp_path / name).write_bytes(b"GGML and more")
     with pytest.raises(CheckpointError, match=r"neither a \.pth nor a \.safetensors"):
         read_tensors(tmp_path / name)
 

@@ -1,7 +1,7 @@
 """Run by a Python that has llama-cpp-python: read a GGUF file, answer questions about it, as JSON.
 
-Arguments: the file; a JSON file with what is asked: tokens, batches (how many of them at once), texts, turns (pairs of role
-and content); where to put the logits (float32, [tokens, vocabulary]).
+Arguments: the file; a JSON file with what is asked: tokens, batches (how many of them at once), texts, turns (pairs of
+role and content); where to put the logits (float32, [tokens, vocabulary]).
 """
 
 import ctypes

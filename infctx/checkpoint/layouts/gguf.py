@@ -35,8 +35,11 @@ SIZE_KEYS = {
 }
 # The attention and the feed-forward half, each with the token before.
 TOKEN_SHIFTS = 2
+# The largest Finch has 61 layers, files halve every 6; float32 must hold what is doubled as often.
+MAX_HALVINGS = 64
 
 _LAYERS = "blk."
+_LEAST_TENSORS_A_LAYER = 24
 _FUSED = "time_mix_lerp_fused.weight"
 _MIXES = ("w", "k", "v", "r", "g")
 _ATTENTION = ("receptance", "key", "value", "output", "gate")
@@ -69,12 +72,17 @@ def from_gguf(stored: Mapping[str, StoredTensor], metadata: Mapping[str, str], *
             f"{file}: this is a GGUF file of the architecture {architecture!r}; expected {ARCHITECTURE!r}. "
             "Of GGUF files, infctx reads RWKV-6 (Finch) models."
         )
-    layers_a_halving = _integer(metadata, RESCALE_KEY, 0, file=file)
-    if layers_a_halving < 0:
-        raise CheckpointError(f"{file}: {RESCALE_KEY} is {layers_a_halving}; expected 0 or more. The file is damaged.")
     layers = {name.split(".")[1] for name in stored if name.startswith(_LAYERS)}
+    # More than there are tensors for would only be a longer list of what is missing.
+    num_layers = min(len(layers), len(stored) // _LEAST_TENSORS_A_LAYER + 1)
+    layers_a_halving = _integer(metadata, RESCALE_KEY, 0, file=file)
+    if layers_a_halving < 0 or num_layers > MAX_HALVINGS * layers_a_halving > 0:
+        raise CheckpointError(
+            f"{file}: {RESCALE_KEY} is {layers_a_halving} in a model of {num_layers} layers; expected 0, or a number "
+            f"that divides them into at most {MAX_HALVINGS} groups. The file is damaged."
+        )
     is_fused = not any(name.endswith("time_mix_lerp_w.weight") for name in stored)
-    rows = list(_rows(len(layers), is_fused=is_fused, layers_a_halving=layers_a_halving))
+    rows = list(_rows(num_layers, is_fused=is_fused, layers_a_halving=layers_a_halving))
     official = from_layout(rows, stored, file=file, layout=LAYOUT)
     _check_metadata(metadata, read_config(official, file=file), file=file)
     return official
@@ -93,7 +101,7 @@ def _check_metadata(metadata: Mapping[str, str], config: FinchConfig, *, file: s
         raise CheckpointError(f"{file}: {TOKEN_SHIFT_KEY} is {shifts}; expected {TOKEN_SHIFTS}, as every Finch has.")
     epsilon = metadata.get(LAYER_NORM_KEY, str(config.layer_norm_eps))
     # There it is a float32.
-    if not _is_number(epsilon) or abs(float(epsilon) / config.layer_norm_eps - 1) > 1e-6:
+    if not _is_number(epsilon) or not abs(float(epsilon) / config.layer_norm_eps - 1) < 1e-6:
         raise CheckpointError(
             f"{file}: {LAYER_NORM_KEY} is {epsilon}; expected {config.layer_norm_eps}, which every Finch has."
         )
@@ -109,9 +117,12 @@ def _is_number(text: str) -> bool:
 
 def _integer(metadata: Mapping[str, str], key: str, default: int, *, file: str) -> int:
     text = metadata.get(key, str(default))
-    if not text.lstrip("-").isdecimal():
-        raise CheckpointError(f"{file}: {key} is {text[:80]!r}; expected a whole number. The file is damaged.")
-    return int(text)
+    try:
+        return int(text)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file}: {key} is {text[:80]!r}; expected a whole number. The file is damaged."
+        ) from error
 
 
 def _rows(n_layer: int, *, is_fused: bool, layers_a_halving: int) -> Iterator[LayoutRow]:
@@ -137,7 +148,7 @@ def _mixes(theirs: str, official: str, *, is_fused: bool) -> Iterator[LayoutRow]
             f"{theirs}.{_FUSED}",
             tuple(names),
             lambda tensors: torch.stack([tensor.reshape(1, 1, -1) for tensor in tensors]),
-            lambda tensor: list(tensor.unbind(0)),
+            _separate,
         )
     else:  # as files were written before 2025
         for mix, name in zip(_MIXES, names, strict=True):
@@ -176,6 +187,13 @@ def _vector(theirs: str, official: str) -> LayoutRow:
 
 def _transposed(theirs: str, official: str) -> LayoutRow:
     return one_to_one(theirs, official, write=_swap_axes, read=_swap_axes)
+
+
+def _separate(fused: Tensor) -> list[Tensor]:
+    """The mixes of [5, 1, 1, C]."""
+    if fused.shape[0] != len(_MIXES):
+        raise ValueError(f"expected {len(_MIXES)} mixes")
+    return list(fused.unbind(0))
 
 
 def _swap_axes(x: Tensor) -> Tensor:
