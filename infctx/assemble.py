@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import infctx
 from infctx.adapters.catalog import ATTACH, Adapter
 from infctx.checkpoint.atomic import remove_tree, remove_unfinished, replace_directory, write_file_atomically
-from infctx.checkpoint.model_file import ModelFile, read_model_file
+from infctx.checkpoint.model_file import ModelFile, open_model, read_model_file, tensors_of
 from infctx.checkpoint.run_lock import RunLock
 from infctx.checkpoint.run_state import RunState, load_run_state
 from infctx.errors import CheckpointError, MachineError, RecipeError, machine_fault
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
+from infctx.model.tensors import ModelTensors
 from infctx.recipe.load import load_recipe, recipe_differences, write_recipe
 from infctx.recipe.schema import Recipe
 from infctx.run_data import RunData, Say, data_from_anywhere, open_data, step_source
@@ -188,6 +189,28 @@ def open_trained(path: str | Path) -> TrainedModel:
         step=loaded.state.step,
         skipped=loaded.skipped,
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenedForExport:
+    """source: the tensors to be written. logits: `probe_logits` of the model they were merged from, None where nothing
+    was. notes: what to tell."""
+
+    source: ModelTensors
+    logits: Tensor | None
+    notes: Sequence[str]
+
+
+def open_for_export(path: str | Path) -> OpenedForExport:
+    """A model, or a run folder with its newest checkpoint merged into its base model."""
+    path = Path(path)
+    if not (path / RECIPE_FILE).is_file():
+        return OpenedForExport(source=open_model(path, is_streamed=True), logits=None, notes=())
+    trained = open_trained(path)
+    notes = [f"Skipped a damaged checkpoint: {reason}" for reason in trained.skipped]
+    notes.append(f"{path}: the model of step {trained.step:,}.")
+    source = tensors_of(trained.model, tokenizer=trained.tokenizer, origin=str(path))
+    return OpenedForExport(source=source, logits=None, notes=notes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

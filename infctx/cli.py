@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from infctx.cli_answers import (
+from infctx.cli_export import convert, export
+from infctx.cli_output import (
     EXIT_BUG,
     EXIT_DONE,
     EXIT_INTERRUPTED,
@@ -25,11 +26,11 @@ from infctx.cli_answers import (
     EXIT_USER,
     LARGEST_SEED,
     AsJson,
+    answer,
+    leave,
+    say,
+    shown,
 )
-from infctx.cli_answers import answer as _answer
-from infctx.cli_answers import leave as _leave
-from infctx.cli_answers import say as _say
-from infctx.cli_answers import shown as _shown
 from infctx.cli_surgery import model_app
 from infctx.errors import CheckpointError, InfctxError, MachineError, machine_fault
 
@@ -74,14 +75,14 @@ def train(
 
     result = run_recipe(loaded, make_progress(sys.stderr), fresh=fresh)
     if result.pop("already_finished"):
-        _say(f"This run is finished: {result['folder']}. Nothing was done; --fresh starts another beside it.")
+        say(f"This run is finished: {result['folder']}. Nothing was done; --fresh starts another beside it.")
     before, after = result["first_val_loss"], result["val_loss"]
     if after is not None and before is not None:
-        _say(f"Validation loss: {before:.4f} before, {after:.4f} after {result['steps']:,} steps.")
+        say(f"Validation loss: {before:.4f} before, {after:.4f} after {result['steps']:,} steps.")
     elif result["train_loss"] is not None:
-        _say(f"Training loss of the last step: {result['train_loss']:.4f}.")
-    _say(f"Run folder: {result['folder']}")
-    _answer(result, as_json)
+        say(f"Training loss of the last step: {result['train_loss']:.4f}.")
+    say(f"Run folder: {result['folder']}")
+    answer(result, as_json)
 
 
 @app.command(epilog="Example: infctx check recipes/quickstart.yaml --gradient")
@@ -103,16 +104,16 @@ def check(
     loaded = _load_recipe(recipe, overrides)
     from infctx.assemble import check_recipe
 
-    lines, measured = check_recipe(loaded, with_gradient=gradient, gradient_tokens=tokens, say=_say)
+    lines, measured = check_recipe(loaded, with_gradient=gradient, gradient_tokens=tokens, say=say)
     if not as_json:
         print("\n".join([*lines, "The recipe is valid: nothing was trained or written."]))
     if measured is None:
-        _answer({"valid": True, "summary": lines}, as_json)
+        answer({"valid": True, "summary": lines}, as_json)
         return
     if not as_json:
         print(_gradient_table(measured))
     window_bias = measured.window_bias or dict.fromkeys(measured.relative_error, 0.0)
-    _answer(
+    answer(
         {
             "relative_error": measured.relative_error,
             "window_bias": window_bias,
@@ -122,7 +123,7 @@ def check(
         as_json,
     )
     if not measured.is_within_bound:
-        _leave(EXIT_BUG, f"The chunked gradient is further than {measured.bound:g} from the unchunked one.")
+        leave(EXIT_BUG, f"The chunked gradient is further than {measured.bound:g} from the unchunked one.")
 
 
 @app.command(epilog="Example: infctx data recipes/instruct_quick.yaml --html data.html")
@@ -151,52 +152,20 @@ def data(
         check_page(html, force=force)
     if binidx is not None:
         check_binidx(binidx, force=force)
-    opened = open_data(loaded, model_file=read_model_file(loaded.model.path, dtype=None), say=_say)
+    opened = open_data(loaded, model_file=read_model_file(loaded.model.path, dtype=None), say=say)
     facts = measure(view_of(loaded, opened), show=show)
     if not as_json:
         show_data(facts, file=sys.stdout)
     if html is not None:
         write_page(facts, html, title=recipe.name, force=force)
-        _say(f"Wrote {html}.")
+        say(f"Wrote {html}.")
     if binidx is not None:
-        _say(write_as_binidx(opened, binidx))
-    _answer(account_with_facts(facts), as_json)
+        say(write_as_binidx(opened, binidx))
+    answer(account_with_facts(facts), as_json)
 
 
-@app.command(epilog="Example: infctx export runs/quickstart --format pth --output finch-mine.pth")
-def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a model file.")],
-    output: Annotated[Path, typer.Option(help="The file to write.")],
-    format: Annotated[str, typer.Option(help="pth or safetensors.")] = "pth",
-    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "bf16",
-    force: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Merge the adapter, write the model, read it back and compare."""
-    import torch
-
-    from infctx.export.catalog import check_output, save_model
-    from infctx.export.verify import max_logit_difference
-
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise InfctxError(f"--dtype {dtype}: expected one of {', '.join(dtypes)}.")
-    check_output(output, format=format, force=force)
-    trained = _open(source)
-    # Written and proved under another name: an output that is being replaced stays until then.
-    unproved = output.with_name(f".{output.name}.unproved-{os.getpid()}")
-    try:
-        save_model(trained.model, unproved, format=format, dtype=dtypes[dtype], tokenizer=trained.tokenizer)
-        difference = max_logit_difference(trained.model, unproved)
-        os.replace(unproved, output)
-    except OSError as error:
-        error.filename = str(output)
-        raise
-    finally:
-        unproved.unlink(missing_ok=True)
-    _say(f"Wrote {output} ({format}, {dtype}, {output.stat().st_size:,} bytes).")
-    _say(f"Read back: largest logit difference {difference:.2e} against the float32 source.")
-    _answer({"path": str(output), "format": format, "max_logit_difference": difference}, as_json)
+app.command(epilog="Example: infctx export runs/quickstart --output finch-mine.pth")(export)
+model_app.command("convert", epilog="Example: infctx model convert model.pth --format hf --output model-hf")(convert)
 
 
 @app.command(epilog='Example: infctx generate runs/quickstart --prompt "The for statement" --max-tokens 100')
@@ -246,7 +215,7 @@ def generate(
         raise CheckpointError(f"{source}: {error}") from error
     if not as_json:
         print()
-    _answer({"prompt": prompt, "text": "".join(pieces)}, as_json)
+    answer({"prompt": prompt, "text": "".join(pieces)}, as_json)
 
 
 @bench_app.command("kernels", epilog="Example: infctx bench kernels --threads 1 --output benchmarks/results")
@@ -312,11 +281,11 @@ def bench_kernels(
         output=output,
         console=console,
     )
-    _answer(found, as_json)
+    answer(found, as_json)
     if not found["is_complete"]:
-        _leave(EXIT_STOPPED, "Stopped by SIGINT before everything was measured.")
+        leave(EXIT_STOPPED, "Stopped by SIGINT before everything was measured.")
     if not any(row["pairs"] for row in found["rows"]):
-        _leave(EXIT_BUG, "Nothing could be measured; the lines above say why.")
+        leave(EXIT_BUG, "Nothing could be measured; the lines above say why.")
 
 
 @app.command(epilog="Example: infctx doctor")
@@ -329,8 +298,8 @@ def doctor(as_json: AsJson = False) -> None:
         for section, entries in facts.items():
             print(section)
             for name, value in entries.items():
-                print(f"  {name:<18} {_shown(value)}")
-    _answer(facts, as_json)
+                print(f"  {name:<18} {shown(value)}")
+    answer(facts, as_json)
 
 
 @app.command("recipe-schema", epilog="Example: infctx recipe-schema > recipe.schema.json")
@@ -354,12 +323,12 @@ def recipe_from_infctx(
     translation = translate_config(config)
     if output is not None:
         write_translation(translation, output, config=config, force=force)
-        _say(f"Wrote {output}.")
+        say(f"Wrote {output}.")
     elif not as_json:
         print(translation.text, end="")
-    _say("\n".join(translation.account).strip())
+    say("\n".join(translation.account).strip())
     path = None if output is None else str(output)
-    _answer({"path": path, "recipe": translation.text, **translation.to_json()}, as_json)
+    answer({"path": path, "recipe": translation.text, **translation.to_json()}, as_json)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -371,13 +340,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         app(args=arguments)
     except InfctxError as error:
-        _leave(EXIT_USER, f"Error: {error}")
+        leave(EXIT_USER, f"Error: {error}")
     except SystemExit as done:
         if done.code == EXIT_INTERRUPTED:
-            _leave(EXIT_INTERRUPTED, "Interrupted; nothing since the last checkpoint was saved.")
+            leave(EXIT_INTERRUPTED, "Interrupted; nothing since the last checkpoint was saved.")
         raise
     except Exception as error:
-        _leave(*_judge(error))
+        leave(*_judge(error))
     finally:
         _flush_or_forget()
     sys.exit(EXIT_DONE)
@@ -412,9 +381,9 @@ def _open(source: Path) -> TrainedModel:
 
     trained = open_trained(source)
     for reason in trained.skipped:
-        _say(f"Skipped a damaged checkpoint: {reason}")
+        say(f"Skipped a damaged checkpoint: {reason}")
     if trained.step is not None:
-        _say(f"{source}: the model of step {trained.step:,}.")
+        say(f"{source}: the model of step {trained.step:,}.")
     return trained
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from infctx.cli_answers import EXIT_USER, LARGEST_SEED, AsJson, answer, leave, say, shown
+from infctx.cli_output import EXIT_USER, LARGEST_SEED, AsJson, answer, leave, say, shown
 from infctx.errors import InfctxError
 
 model_app = typer.Typer(help="Make, inspect and rework models.", no_args_is_help=True, rich_markup_mode=None)
@@ -70,9 +70,7 @@ def model_info(
     tensors: Annotated[
         str | None, typer.Option(metavar="PATTERN", help="List the tensors whose names match, as '*' or 'blocks.0.*'.")
     ] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Read every value; name tensors with NaN, infinity.")
-    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Read every value; name tensors with NaN, infinity.")] = False,
     hash: Annotated[bool, typer.Option("--hash", help="SHA-256 of the file, or of each file of the folder.")] = False,
     as_json: AsJson = False,
 ) -> None:

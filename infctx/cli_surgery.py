@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from infctx.cli_answers import LARGEST_SEED, AsJson, answer, say
 from infctx.cli_model import ModelPath, model_app
+from infctx.cli_output import LARGEST_SEED, AsJson, answer, say
 from infctx.errors import DataError, InfctxError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["model_app"]
 
-Output = Annotated[Path, typer.Option(help="The file to write, .pth or .safetensors.")]
+Output = Annotated[Path, typer.Option(help="The file to write; its name says the format: .pth, .safetensors.")]
 KeptDtype = Annotated[str, typer.Option(help="keep (each tensor as it is), fp32, fp16 or bf16.")]
 Force = Annotated[bool, typer.Option(help="Replace an output that exists.")]
 Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the random values.")]
@@ -43,7 +43,7 @@ def model_upgrade(
 
     source = _opened([model], output, dtype=dtype, force=force)[0]
     result = upgrade_to_finch(source, lerp_rank=lerp_rank, decay_rank=decay_rank, seed=seed)
-    _write_equal(source, result, output, dtype=dtype, as_json=as_json)
+    answer(_write(result, output, dtype=dtype, force=force, source=source), as_json)
 
 
 @model_app.command("grow", epilog="Example: infctx model grow finch-3b.pth --layers 48 --output deeper.pth")
@@ -83,11 +83,11 @@ def model_grow(
         raise InfctxError("--how and --scale: say how layers are added; give --layers with them.")
     if lerp_rank is not None or decay_rank is not None:
         result = grow_ranks(result, lerp_rank=lerp_rank, decay_rank=decay_rank, seed=seed)
-    if num_layers is None or is_exact(how):
-        _write_equal(source, result, output, dtype=dtype, as_json=as_json)
-    else:
-        _write_other(result, output, dtype=dtype, as_json=as_json)
+    is_same = num_layers is None or is_exact(how)
+    facts = _write(result, output, dtype=dtype, force=force, source=source if is_same else None)
+    if not is_same:
         say("It does not compute what the source computes; train it on.")
+    answer(facts, as_json)
 
 
 @model_app.command(
@@ -128,23 +128,25 @@ def model_vocabulary(
         if first_id is not None or vocabulary_file is not None:
             raise InfctxError("--first-id and --vocabulary-file: go with new tokens, not with --size.")
         result = resize_vocabulary(source, size, drops_rows=drop, seed=seed)
+        facts = _write(result, output, dtype=dtype, force=force)
         kept = min(size, source.config.vocab_size)
-        _write_equal(source, result, output, dtype=dtype, num_ids=kept, as_json=as_json)
+        answer({**facts, **_difference_of_old_ids(source, output, kept)}, as_json)
         return
     known = _tokenizer_of(source, tokenizer)
     if vocabulary_file is not None:
         check_vocabulary_file(vocabulary_file, tokenizer=known, force=force)
     added = add_tokens(source, texts, tokenizer=known, first_id=first_id)
-    kept = min(added.ids.values())
-    facts = {"ids": added.ids, "replaced_rows": added.replaced}
-    _write_equal(source, added.model, output, dtype=dtype, num_ids=kept, as_json=as_json, more=facts)
+    facts = _write(added.model, output, dtype=dtype, force=force)
+    first, last = min(added.ids.values()), max(added.ids.values())
+    facts |= _difference_of_old_ids(source, output, first)
     if vocabulary_file is not None:
         write_vocabulary_file(vocabulary_file, added.ids)
         say(f"Wrote {vocabulary_file}.")
     say(
-        f"New ids {kept:,} to {max(added.ids.values()):,}, {added.replaced} of them in rows that were there. infctx's "
-        f"own tokenizer {known.name} does not make them: train on ids (binidx) that another program made."
+        f"New ids {first} to {last}, {added.replaced} of them in rows that were there. infctx's own tokenizer "
+        f"{known.name} does not make them: train on ids (binidx) that another program made."
     )
+    answer({**facts, "ids": added.ids, "replaced_rows": added.replaced}, as_json)
 
 
 @model_app.command("merge", epilog="Example: infctx model merge a.pth b.pth --weight 0.7 --weight 0.3 --output ab.pth")
@@ -160,6 +162,9 @@ def model_merge(
     as_json: AsJson = False,
 ) -> None:
     """Merge models tensor by tensor, in float32."""
+    import torch
+
+    from infctx.export.options import DTYPES
     from infctx.surgery.merge import merge_models
 
     paths = [*models, base] if base is not None else models
@@ -169,62 +174,78 @@ def model_merge(
         method=method,
         weights=[1.0] * len(models) if weight is None else weight,
         base=None if base is None else opened[-1],
-        # What is written in float32 is not rounded to a source's dtype on the way.
-        dtype=_torch_dtype(dtype),
+        # What is to be written in float32 is not rounded to a source's dtype on the way.
+        dtype=wanted if isinstance(wanted := DTYPES[dtype], torch.dtype) else None,
         is_normalised=normalize,
     )
-    _write_other(result, output, dtype=dtype, as_json=as_json)
+    answer(_write(result, output, dtype=dtype, force=force), as_json)
 
 
 def _opened(paths: Sequence[Path], output: Path, *, dtype: str, force: bool) -> list[ModelTensors]:
     """The sources, when it is sure that the output can be written."""
     from infctx.checkpoint.model_file import open_model
-    from infctx.export.rework import check_rework
+    from infctx.export.catalog import check_output, format_of
+    from infctx.export.options import DTYPES
+    from infctx.export.sources import refuse_same_place
 
-    check_rework(paths, output, dtype=dtype, force=force)
+    if dtype not in DTYPES:
+        raise InfctxError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
+    refuse_same_place(paths, output)
+    check_output(output, format=format_of(output, None), force=force)
     return [open_model(path, is_streamed=True) for path in paths]
 
 
-def _write_equal(
-    source: ModelTensors,
+def _write(
     result: ModelTensors,
     output: Path,
     *,
     dtype: str,
-    as_json: bool,
-    num_ids: int | None = None,
-    more: dict[str, Any] | None = None,
-) -> None:
-    """Write what is to compute the same, and say how nearly it does; num_ids: for the first ids."""
-    from infctx.export.rework import logit_difference, write_rework
+    force: bool,
+    source: ModelTensors | None = None,
+) -> dict[str, Any]:
+    """Write, read back, compare and tell; source: what computes the same, None where nothing does.
 
-    difference = write_rework(
-        result, output, dtype=dtype, prove=lambda written: logit_difference(source, written, num_ids=num_ids)
+    Returns:
+        Facts for programs.
+    """
+    from infctx.cli_export import with_bar
+    from infctx.export.catalog import format_of
+    from infctx.export.options import DTYPES, ExportOptions
+    from infctx.export.proved import export_model
+    from infctx.export.verify import probe_logits
+
+    options, format = ExportOptions(dtype=DTYPES[dtype]), format_of(output, None)
+    expected = None if source is None else probe_logits(source)
+    written = with_bar(
+        result,
+        lambda watched: export_model(watched, output, format=format, options=options, expected=expected, force=force),
     )
-    _say_written(result, output, dtype)
-    of_ids = "" if num_ids is None else f" of the first {num_ids:,} ids"
-    say(f"Read back: largest difference of the logits{of_ids} {difference:.2e} against the source, in float32.")
-    answer({**_written_facts(result, output), "max_logit_difference": difference, **(more or {})}, as_json)
-
-
-def _write_other(result: ModelTensors, output: Path, *, dtype: str, as_json: bool) -> None:
-    """Write what computes something else; its values are proved to be finite numbers."""
-    from infctx.export.rework import require_finite, write_rework
-
-    write_rework(result, output, dtype=dtype, prove=require_finite)
-    _say_written(result, output, dtype)
-    say("Read back: every value is a finite number.")
-    answer(_written_facts(result, output), as_json)
-
-
-def _say_written(result: ModelTensors, output: Path, dtype: str) -> None:
+    for note in written.notes:
+        say(note)
     name = {"6": "Finch", "5.2": "Eagle"}[result.config.version]
-    size = output.stat().st_size
-    say(f"Wrote {output}: {name}, {result.num_parameters:,} parameters ({dtype} dtype, {size:,} bytes).")
+    say(f"Wrote {output}: {name}, {result.num_parameters:,} parameters ({dtype} dtype, {written.num_bytes:,} bytes).")
+    facts = {"path": str(output), "version": result.config.version, "parameters": result.num_parameters}
+    if source is None:
+        say("Read back: it computes what was to be written.")
+        return facts
+    say(
+        f"Read back: largest logit difference {written.max_logit_difference:.2e} against the source, in float32 "
+        f"(the logits' standard deviation is {written.logit_std:.2g})."
+    )
+    return {**facts, "max_logit_difference": written.max_logit_difference}
 
 
-def _written_facts(result: ModelTensors, output: Path) -> dict[str, Any]:
-    return {"path": str(output), "version": result.config.version, "parameters": result.num_parameters}
+def _difference_of_old_ids(source: ModelTensors, output: Path, num_ids: int) -> dict[str, Any]:
+    """How far the logits of the ids that stay are from what they were."""
+    from infctx.checkpoint.model_file import open_model
+    from infctx.export.verify import probe_logits
+
+    before, after = (
+        probe_logits(model, num_ids=num_ids)[:, :num_ids] for model in (source, open_model(output, is_streamed=True))
+    )
+    difference = float((after - before).abs().max())
+    say(f"Largest difference of the logits of the first {num_ids:,} ids: {difference:.2e} against the source.")
+    return {"max_logit_difference": difference}
 
 
 def _tokenizer_of(source: ModelTensors, name: str | None) -> Tokenizer:
@@ -247,9 +268,3 @@ def _numbers(text: str, *, option: str) -> list[int]:
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise InfctxError(f"{option} {text}: expected numbers with commas between them, as 0,1,1,2.") from None
-
-
-def _torch_dtype(dtype: str) -> Any:
-    from infctx.export.rework import DTYPES
-
-    return DTYPES[dtype]

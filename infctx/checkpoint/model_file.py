@@ -108,7 +108,7 @@ def official_tensors(model: Finch) -> dict[str, Tensor]:
 
 
 def fingerprint(source: ModelTensors) -> str:
-    """Tells other weights apart, from a part of each tensor's values; the same in every layout and for squeezed shapes."""
+    """Tells other weights apart, from a part of each tensor's values; the same in every layout."""
     digest = hashlib.sha256()
     for name in sorted(source.tensors):
         stored = source.tensors[name]

@@ -113,11 +113,15 @@ def checked_ids(ids: TokenIds | Sequence[int], tokenizer: Tokenizer) -> npt.NDAr
     return array
 
 
+def world_vocabulary_text() -> str:
+    """The World vocabulary file, as its package carries it."""
+    return importlib.resources.files(pyrwkv_tokenizer).joinpath(_WORLD_VOCABULARY_FILE).read_text(encoding="utf-8")
+
+
 def world_lines() -> list[str]:
     """A line for each World id from 1: the id, a literal, and the number of bytes."""
-    text = importlib.resources.files(pyrwkv_tokenizer).joinpath(_WORLD_VOCABULARY_FILE).read_text(encoding="utf-8")
     # Not splitlines(), which would also cut at characters that a token may hold.
-    return text.rstrip("\n").split("\n")
+    return world_vocabulary_text().rstrip("\n").split("\n")
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from infctx.data.tokenizer import Tokenizer
+from infctx.data.tokenizer import TOKENIZER_OF_VOCAB_SIZE, Tokenizer
 from infctx.errors import CheckpointError, DataError
 from infctx.model.tensors import ModelTensors, StoredTensor
 from infctx.surgery.fresh import generator_for
@@ -61,6 +61,8 @@ def resize_vocabulary(
     def head_rows(weight: Tensor) -> Tensor:
         return _mean_and_deviation(weight)[0].expand(size - old, -1)
 
+    # The new size no longer tells it.
+    source = dataclasses.replace(source, tokenizer=source.tokenizer or TOKENIZER_OF_VOCAB_SIZE.get(old))
     if size <= old:
         return _with_rows(source, size, {name: lambda weight: weight[:size] for name in (EMBEDDING, HEAD)})
     return _with_rows(
@@ -106,7 +108,9 @@ def add_tokens(
         return _placed(weight, rows, first_id=first)
 
     size = max(old, first + len(texts))
-    model = _with_rows(source, size, {EMBEDDING: with_means, HEAD: with_means})
+    model = _with_rows(
+        dataclasses.replace(source, tokenizer=tokenizer.name), size, {EMBEDDING: with_means, HEAD: with_means}
+    )
     ids = {text: first + place for place, text in enumerate(texts)}
     return AddedTokens(model, ids, replaced=min(old, first + len(texts)) - first)
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": ["generate"],
     "model new": ["model", "new"],
     "model info": ["model", "info"],
+    "model convert": ["model", "convert"],
     "bench kernels": ["bench", "kernels"],
     "doctor": ["doctor"],
     "recipe-schema": ["recipe-schema"],

@@ -1,4 +1,4 @@
-"""How a command answers: people on stderr, what was asked for on stdout, one JSON object there with --json."""
+"""How commands speak: to people on stderr, to programs as one JSON object on stdout."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 
 
 def say(text: str) -> None:
-    """Tell a person, who may not be reading any more."""
-    with contextlib.suppress(OSError, ValueError):
+    """Tell a person."""
+    with contextlib.suppress(OSError, ValueError):  # Nobody may be reading any more.
         print(text, file=sys.stderr)
 
 
 def answer(result: dict[str, Any], as_json: bool) -> None:
-    """Print the result as JSON, if that was asked for; infinities and NaN, which JSON lacks, as null."""
+    """Tell a program, if one asked."""
     if as_json:
         print(json.dumps({key: _json_value(value) for key, value in result.items()}, allow_nan=False))
 
 
 def shown(value: object) -> str:
-    """A value as a person reads it: thousands apart, lists and tables in one line."""
+    """A fact as a person reads it."""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, dict):
@@ -40,10 +40,11 @@ def shown(value: object) -> str:
 
 
 def leave(code: int, message: str) -> NoReturn:
-    """Say why, and end with an exit code."""
+    """Tell a person why, and end with an exit code."""
     say(message)
     sys.exit(code)
 
 
 def _json_value(value: object) -> object:
+    """JSON has no infinity and no NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
