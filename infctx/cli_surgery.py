@@ -15,6 +15,7 @@ from infctx.errors import DataError, InfctxError
 if TYPE_CHECKING:
     from infctx.data.tokenizer import Tokenizer
     from infctx.model.tensors import ModelTensors
+    from infctx.surgery.vocabulary import AddedTokens
 
 __all__ = ["model_app"]
 
@@ -117,16 +118,17 @@ def model_vocabulary(
     infctx's own tokenizers do not learn the new tokens: give training data as binidx, made by a program that reads the
     vocabulary file.
     """
-    from infctx.export.vocabulary_file import check_vocabulary_file, write_vocabulary_file
     from infctx.surgery.vocabulary import add_tokens, resize_vocabulary
 
     texts = [*(token or []), *(_lines(tokens) if tokens is not None else [])]
     if (size is None) == (not texts):
         raise InfctxError("give either --size or new tokens (--token, --tokens).")
+    if texts and drop:
+        raise InfctxError("--drop: goes with --size; new tokens drop nothing.")
+    if size is not None and (first_id is not None or vocabulary_file is not None or tokenizer is not None):
+        raise InfctxError("--first-id, --tokenizer and --vocabulary-file: go with new tokens, not with --size.")
     source = _opened([model], output, dtype=dtype, force=force)[0]
     if size is not None:
-        if first_id is not None or vocabulary_file is not None:
-            raise InfctxError("--first-id and --vocabulary-file: go with new tokens, not with --size.")
         result = resize_vocabulary(source, size, drops_rows=drop, seed=seed)
         facts = _write(result, output, dtype=dtype, force=force)
         kept = min(size, source.config.vocab_size)
@@ -134,18 +136,15 @@ def model_vocabulary(
         return
     known = _tokenizer_of(source, tokenizer)
     if vocabulary_file is not None:
+        from infctx.export.sources import refuse_same_place
+        from infctx.export.vocabulary_file import check_vocabulary_file
+
+        refuse_same_place([model, output], vocabulary_file)
         check_vocabulary_file(vocabulary_file, tokenizer=known, force=force)
     added = add_tokens(source, texts, tokenizer=known, first_id=first_id)
     facts = _write(added.model, output, dtype=dtype, force=force)
-    first, last = min(added.ids.values()), max(added.ids.values())
-    facts |= _difference_of_old_ids(source, output, first)
-    if vocabulary_file is not None:
-        write_vocabulary_file(vocabulary_file, added.ids)
-        say(f"Wrote {vocabulary_file}.")
-    say(
-        f"New ids {first} to {last}, {added.replaced} of them in rows that were there. infctx's own tokenizer "
-        f"{known.name} does not make them: train on ids (binidx) that another program made."
-    )
+    facts |= _difference_of_old_ids(source, output, min(added.ids.values()))
+    _tell_tokens(added, known.name, vocabulary_file)
     answer({**facts, "ids": added.ids, "replaced_rows": added.replaced}, as_json)
 
 
@@ -246,6 +245,18 @@ def _difference_of_old_ids(source: ModelTensors, output: Path, num_ids: int) -> 
     difference = float((after - before).abs().max())
     say(f"Largest difference of the logits of the first {num_ids:,} ids: {difference:.2e} against the source.")
     return {"max_logit_difference": difference}
+
+
+def _tell_tokens(added: AddedTokens, tokenizer: str, vocabulary_file: Path | None) -> None:
+    from infctx.export.vocabulary_file import write_vocabulary_file
+
+    if vocabulary_file is not None:
+        write_vocabulary_file(vocabulary_file, added.ids)
+        say(f"Wrote {vocabulary_file}.")
+    say(
+        f"New ids {min(added.ids.values())} to {max(added.ids.values())}, {added.replaced} of them in rows that were "
+        f"there. infctx's own tokenizer {tokenizer} does not make them: train on ids (binidx) of another program."
+    )
 
 
 def _tokenizer_of(source: ModelTensors, name: str | None) -> Tokenizer:

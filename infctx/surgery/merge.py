@@ -126,7 +126,9 @@ def _checked_weights(
     total = sum(weights)
     if method == "slerp" and (min(weights) < 0 or total <= 0):
         raise CheckpointError(f"weights {list(weights)}: expected none below 0 and one above it for slerp.")
-    if not is_normalised and method == "linear":
+    if not is_normalised:
+        if method == "slerp":
+            raise CheckpointError("method slerp: its weights say where on the way, so they are always normalised.")
         return list(weights)
     if abs(total) < 1e-6:
         raise CheckpointError(f"weights {list(weights)}: their sum is 0, so they cannot be normalised.")
