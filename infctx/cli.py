@@ -17,17 +17,26 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from infctx.cli_export import convert, export
-from infctx.cli_output import answer, say, shown
+from infctx.cli_output import (
+    EXIT_BUG,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_MACHINE,
+    EXIT_STOPPED,
+    EXIT_USER,
+    LARGEST_SEED,
+    AsJson,
+    answer,
+    leave,
+    say,
+    shown,
+)
+from infctx.cli_surgery import model_app
 from infctx.errors import CheckpointError, InfctxError, MachineError, machine_fault
 
 if TYPE_CHECKING:
     from infctx.assemble import TrainedModel
     from infctx.training.gradient_check import GradientCheck
-
-EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_STOPPED, EXIT_MACHINE = 0, 1, 2, 3, 4
-# What shells report of a program that an interrupt ended: there was no checkpoint to write, or no time for it.
-EXIT_INTERRUPTED = 130
-LARGEST_SEED = 2**63 - 1
 
 app = typer.Typer(
     name="infctx",
@@ -37,7 +46,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-model_app = typer.Typer(help="Make and inspect models.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(model_app, name="model")
 bench_app = typer.Typer(
     help="Measure against others, each result proved right first.",
@@ -51,7 +59,6 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys set differently, as optimizer.lr=1e-5.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 @app.command(epilog="Example: infctx train recipes/debug_cpu.yaml run.steps=20")
@@ -116,7 +123,7 @@ def check(
         as_json,
     )
     if not measured.is_within_bound:
-        _leave(EXIT_BUG, f"The chunked gradient is further than {measured.bound:g} from the unchunked one.")
+        leave(EXIT_BUG, f"The chunked gradient is further than {measured.bound:g} from the unchunked one.")
 
 
 @app.command(epilog="Example: infctx data recipes/instruct_quick.yaml --html data.html")
@@ -211,79 +218,6 @@ def generate(
     answer({"prompt": prompt, "text": "".join(pieces)}, as_json)
 
 
-@model_app.command("new", epilog="Example: infctx model new --layers 6 --channels 128 --vocab 257 --output tiny.pth")
-def model_new(
-    output: Annotated[Path, typer.Option(help="The file to write, .pth or .safetensors.")],
-    layers: Annotated[int, typer.Option(min=2, help="Layers, at least 2.")],
-    channels: Annotated[int, typer.Option(min=1, help="Channels; a multiple of the head size.")],
-    vocab: Annotated[int, typer.Option(min=2, help="Vocabulary: 65536 for World, 257 for bytes.")] = 65536,
-    version: Annotated[str, typer.Option(help="6 (Finch) or 5.2 (Eagle).")] = "6",
-    head_size: Annotated[int, typer.Option(min=1, help="Channels of one head.")] = 64,
-    ffn: Annotated[int | None, typer.Option(min=1, help="Feed-forward width; 3.5 × channels by default.")] = None,
-    lerp_rank: Annotated[int | None, typer.Option(min=1, help="Rank of Finch's mixes; 32, or 64 at 4096.")] = None,
-    decay_rank: Annotated[int | None, typer.Option(min=1, help="Rank of Finch's decay; 64, or 128 at 4096.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the initial weights.")] = 0,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    force: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Make a model with fresh weights, to train from scratch."""
-    import torch
-
-    from infctx.data.tokenizer import TOKENIZER_OF_VOCAB_SIZE
-    from infctx.export.catalog import check_output, save_model
-    from infctx.model.finch import Finch
-    from infctx.model.init import initialise_, new_config
-
-    if dtype not in ("fp32", "bf16"):
-        raise InfctxError(f"--dtype {dtype}: expected fp32 or bf16.")
-    format = "safetensors" if output.suffix == ".safetensors" else "pth"
-    check_output(output, format=format, force=force)
-    config = new_config(
-        version=version,
-        n_layer=layers,
-        n_embd=channels,
-        vocab_size=vocab,
-        head_size=head_size,
-        dim_ffn=ffn,
-        lerp_rank=lerp_rank,
-        decay_rank=decay_rank,
-    )
-    model = Finch(config)
-    initialise_(model, seed=seed)
-    tokenizer = TOKENIZER_OF_VOCAB_SIZE.get(vocab)
-    save_model(
-        model, output, format=format, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16, tokenizer=tokenizer
-    )
-    count = sum(parameter.numel() for parameter in model.parameters())
-    say(f"Wrote {output}: {count:,} parameters.")
-    answer({"path": str(output), "parameters": count}, as_json)
-
-
-@model_app.command("info", epilog="Example: infctx model info RWKV-x060-World-1B6.pth")
-def model_info(
-    path: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file.")], as_json: AsJson = False
-) -> None:
-    """Version and sizes of a model, read from its tensors."""
-    import dataclasses
-
-    from infctx.checkpoint.model_file import read_model_file
-
-    opened = read_model_file(path, dtype=None)
-    parameters = list(opened.model.parameters())
-    facts: dict[str, Any] = {
-        "path": str(path),
-        **dataclasses.asdict(opened.model.config),
-        "parameters": sum(parameter.numel() for parameter in parameters),
-        "dtypes": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters}),
-        "tokenizer": opened.tokenizer,
-        "initial_state": opened.model.blocks[0].time_mix.initial_state is not None,
-    }
-    if not as_json:
-        print("\n".join(f"{key:<15} {shown(value)}" for key, value in facts.items()))
-    answer(facts, as_json)
-
-
 @bench_app.command("kernels", epilog="Example: infctx bench kernels --threads 1 --output benchmarks/results")
 def bench_kernels(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one by default.")] = None,
@@ -349,9 +283,9 @@ def bench_kernels(
     )
     answer(found, as_json)
     if not found["is_complete"]:
-        _leave(EXIT_STOPPED, "Stopped by SIGINT before everything was measured.")
+        leave(EXIT_STOPPED, "Stopped by SIGINT before everything was measured.")
     if not any(row["pairs"] for row in found["rows"]):
-        _leave(EXIT_BUG, "Nothing could be measured; the lines above say why.")
+        leave(EXIT_BUG, "Nothing could be measured; the lines above say why.")
 
 
 @app.command(epilog="Example: infctx doctor")
@@ -406,13 +340,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         app(args=arguments)
     except InfctxError as error:
-        _leave(EXIT_USER, f"Error: {error}")
+        leave(EXIT_USER, f"Error: {error}")
     except SystemExit as done:
         if done.code == EXIT_INTERRUPTED:
-            _leave(EXIT_INTERRUPTED, "Interrupted; nothing since the last checkpoint was saved.")
+            leave(EXIT_INTERRUPTED, "Interrupted; nothing since the last checkpoint was saved.")
         raise
     except Exception as error:
-        _leave(*_judge(error))
+        leave(*_judge(error))
     finally:
         _flush_or_forget()
     sys.exit(EXIT_DONE)
@@ -430,11 +364,6 @@ def _judge(error: Exception) -> tuple[int, str]:
         return EXIT_USER, f"Error: {error.filename}: {error.strerror}."
     traceback.print_exception(error)
     return EXIT_BUG, "This is a bug of infctx, not yours. Please report it with the lines above and the recipe."
-
-
-def _leave(code: int, message: str) -> NoReturn:
-    say(message)
-    sys.exit(code)
 
 
 def _flush_or_forget() -> None:

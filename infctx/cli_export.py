@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from infctx.cli_output import answer, say
+from infctx.cli_output import AsJson, answer, say
 from infctx.errors import InfctxError
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ Code = Annotated[
     typer.Option(help="hf: a folder with modeling_rwkv6.py and configuration_rwkv6.py, to be carried along."),
 ]
 Force = Annotated[bool, typer.Option(help="Replace an output that exists.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 def export(
@@ -107,7 +106,7 @@ def _write(
     def write(watched: ModelTensors) -> Exported:
         return export_model(watched, output, format=format, options=options, expected=expected, force=force)
 
-    written = _with_bar(source, write)
+    written = with_bar(source, write)
     for note in written.notes:
         say(note)
     say(f"Wrote {output} ({format}, {dtype}, {written.num_bytes:,} bytes).")
@@ -121,7 +120,7 @@ def _write(
     answer({**facts, "bytes": written.num_bytes, "seconds": seconds, "notes": list(written.notes)}, as_json)
 
 
-def _with_bar(source: ModelTensors, write: Callable[[ModelTensors], Exported]) -> Exported:
+def with_bar(source: ModelTensors, write: Callable[[ModelTensors], Exported]) -> Exported:
     """Show how many of the source's bytes have been read, where that takes a while: once to compute, once to write."""
     from dataclasses import replace
 

@@ -6,7 +6,16 @@ import contextlib
 import json
 import math
 import sys
-from typing import Any
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_STOPPED, EXIT_MACHINE = 0, 1, 2, 3, 4
+# What shells report of a program that an interrupt ended: there was no checkpoint to write, or no time for it.
+EXIT_INTERRUPTED = 130
+LARGEST_SEED = 2**63 - 1
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 def say(text: str) -> None:
@@ -25,7 +34,15 @@ def shown(value: object) -> str:
     """A fact as a person reads it."""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {shown(part)}" for key, part in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def leave(code: int, message: str) -> NoReturn:
+    """Tell a person why, and end with an exit code."""
+    say(message)
+    sys.exit(code)
 
 
 def _json_value(value: object) -> object:

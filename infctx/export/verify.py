@@ -30,16 +30,19 @@ def max_logit_difference(expected: Finch | ModelTensors, found: Finch | ModelTen
 
 
 @torch.no_grad()
-def probe_logits(model: Finch | ModelTensors, *, dtype: torch.dtype = torch.float32) -> Tensor:
+def probe_logits(
+    model: Finch | ModelTensors, *, dtype: torch.dtype = torch.float32, num_ids: int | None = None
+) -> Tensor:
     """Logits of the probe sequence, [T, V], computed in `dtype` on the CPU whatever the weights are stored in.
 
     A model of 14B parameters takes the memory of one layer and of its embedding: each layer is read, used and dropped.
+    Args: num_ids: the probe is of ids below this, for models that share no others; None = of all.
     Raises:
         CheckpointError: they are not finite.
     """
     parts = _parts_of_model(model, dtype) if isinstance(model, Finch) else _parts_of_tensors(model, dtype)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(1, model.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
+    tokens = torch.randint(1, num_ids or model.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
     x = parts.embed(tokens)
     zeros = ModelState.zeros(model.config, 1, dtype=dtype, device="cpu")
     for layer, block in enumerate(parts.blocks()):

@@ -44,6 +44,13 @@ def to_official(
     return from_layout(rows, stored, file=file, layout=layout)
 
 
+def layout_of(names: Mapping[str, StoredTensor]) -> str:
+    """Whose names these are, in words."""
+    if is_hugging_face(names):
+        return HUGGING_FACE
+    return FLA if is_fla(names) else "official"
+
+
 def _sizeless(version: str, num_layers: int) -> FinchConfig:
     """What names depend on; the sizes are read when the tensors have official names."""
     return FinchConfig(version=version, n_layer=num_layers, n_embd=0, vocab_size=0, head_size=0, n_head=0, dim_ffn=0)
