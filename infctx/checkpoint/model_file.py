@@ -54,23 +54,28 @@ def read_model_file(
     return ModelFile(model, metadata.get(TOKENIZER_KEY), _fingerprint(tensors))
 
 
-def official_tensors(model: Finch) -> dict[str, Tensor]:
-    """The model's parameters under official names and in official shapes and order, sharing memory where possible."""
-    has_state = model.blocks[0].time_mix.initial_state is not None
-    return {
-        row.official: finch_keys.to_official(row, model.get_parameter(row.ours).detach())
-        for row in finch_keys.key_rows(model.config, has_initial_state=has_state)
-    }
+def official_tensors(model: Finch, *, with_initial_shifts: bool = True) -> dict[str, Tensor]:
+    """The model's parameters under official names and in official shapes and order, sharing memory where possible.
+
+    Args:
+        with_initial_shifts: also those that only this project reads, where the model has them.
+    """
+    rows = finch_keys.key_rows(
+        model.config,
+        has_initial_state=model.has_initial_state,
+        has_initial_shifts=model.has_initial_shifts and with_initial_shifts,
+    )
+    return {row.official: finch_keys.to_official(row, model.get_parameter(row.ours).detach()) for row in rows}
 
 
 def _model_from_tensors(
     tensors: Mapping[str, Tensor], *, file: str, dtype: torch.dtype | None, device: torch.device
 ) -> Finch:
     config = finch_keys.read_config(tensors, file=file)
-    has_state = finch_keys.has_initial_state(tensors)
+    has_state, has_shifts = finch_keys.has_initial_state(tensors), finch_keys.has_initial_shifts(tensors)
     with torch.device("meta"):
-        model = Finch(config, has_initial_state=has_state)
-    rows = list(finch_keys.key_rows(config, has_initial_state=has_state))
+        model = Finch(config, has_initial_state=has_state, has_initial_shifts=has_shifts)
+    rows = list(finch_keys.key_rows(config, has_initial_state=has_state, has_initial_shifts=has_shifts))
     _check_keys({row.official for row in rows}, set(tensors), file=file)
     for row in rows:
         expected = model.get_parameter(row.ours).shape
