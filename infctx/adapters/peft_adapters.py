@@ -175,7 +175,8 @@ def wrap(model: nn.Module, config: peft.PeftConfig, trained: Iterable[str], fact
     import peft
 
     raw_parameters = {name: model.get_parameter(name) for name in trained}
-    peft_model = peft.get_peft_model(model, config)
+    # New modules begin in training; dropout would act in a model that is being evaluated.
+    peft_model = peft.get_peft_model(model, config).train(model.training)
     for parameter in raw_parameters.values():
         parameter.requires_grad_(True)
     names_now = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -18,7 +18,7 @@ def target_matrices(model: nn.Module, targets: Sequence[str], *, with_embedding:
     """Full names of the matrices that targets mean, in the model's order.
 
     Args:
-        targets: last part or parts of a name ("key", "channel_mix.key"), or globs over full names.
+        targets: a name or its last part or parts ("key", "channel_mix.key"); globs ("blocks.2*.time_mix.*").
         with_embedding: whether this kind can be put on an embedding.
         kind: for the message.
     Raises:
@@ -61,5 +61,5 @@ def by_matrix(
 
 
 def is_meant(name: str, pattern: str) -> bool:
-    """Whether a name is the pattern, ends in its parts, or matches it as a glob."""
-    return name == pattern or name.endswith(f".{pattern}") or fnmatchcase(name, pattern)
+    """Whether a pattern is a name or its last parts, either of them as a glob."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")

@@ -40,16 +40,16 @@ class AdapterSection(Section):
     rank: Count = Field(default=32, description="Additions: rank of each.")
     alpha: PositiveNumber | None = Field(
         default=None,
-        description="LoRA kinds: scale; the addition is multiplied by alpha / rank, with rslora by alpha / √rank. null: "
-        "2 × rank of each matrix; rank with pissa and olora; 16 with rslora.",
+        description="LoRA kinds: scale; the addition is multiplied by alpha / rank, with rslora by alpha / √rank. "
+        "null: 2 × rank of each matrix; rank with pissa and olora; 16 with rslora.",
     )
     dropout: Annotated[Number, Field(ge=0, lt=1)] = Field(
         default=0.0, description="Additions: probability of dropping an input of the addition, 0 to 1 exclusive."
     )
     targets: Annotated[list[Text], Field(min_length=1)] = Field(
         default=["receptance", "key", "value", "gate", "output"],
-        description="Additions: matrices that get one, by the last part or parts of the name (key, channel_mix.key) or "
-        "by a glob over it ('blocks.2*.time_mix.*'). head, and with lora, rslora and dora embedding, are matrices too.",
+        description="Additions: matrices that get one, by the last part or parts of the name, globs allowed (key, "
+        "channel_mix.key, 'blocks.2*.time_mix.*'). head is one, too; embedding with lora, rslora and dora.",
     )
     ranks: dict[Text, Count] = Field(
         default={},
