@@ -72,7 +72,7 @@ class KeyRow(NamedTuple):
     ours: str
 
 
-def key_rows(config: FinchConfig, *, has_initial_state: bool) -> Iterator[KeyRow]:
+def key_rows(config: FinchConfig, *, has_initial_state: bool, has_initial_shifts: bool = False) -> Iterator[KeyRow]:
     """Every tensor of a model, in official order."""
     time_mix, channel_mix = _PARTS[config.version]
     yield KeyRow("emb.weight", "embedding.weight")
@@ -82,9 +82,11 @@ def key_rows(config: FinchConfig, *, has_initial_state: bool) -> Iterator[KeyRow
         if i == 0:
             yield from _norm("blocks.0.ln0", "input_norm")
         state = [("time_state", "initial_state")] if has_initial_state else []
-        for official, ours in [*time_mix, *state, *_MATRICES]:
+        # Ours alone: no other program knows them, and official files never have them.
+        shift = [("shift_state", "initial_shift")] if has_initial_shifts else []
+        for official, ours in [*time_mix, *state, *shift, *_MATRICES]:
             yield KeyRow(f"blocks.{i}.att.{official}", f"blocks.{i}.time_mix.{ours}")
-        for official, ours in [*channel_mix, *_CHANNEL_MATRICES]:
+        for official, ours in [*channel_mix, *shift, *_CHANNEL_MATRICES]:
             yield KeyRow(f"blocks.{i}.ffn.{official}", f"blocks.{i}.channel_mix.{ours}")
     yield from _norm("ln_out", "output_norm")
     yield KeyRow("head.weight", "head.weight")
@@ -159,6 +161,24 @@ def read_config(tensors: Mapping[str, StoredTensor], *, file: str) -> FinchConfi
 def has_initial_state(tensors: Mapping[str, object]) -> bool:
     """Whether the file carries a tuned initial state."""
     return "blocks.0.att.time_state" in tensors
+
+
+def has_initial_shifts(tensors: Mapping[str, object]) -> bool:
+    """Whether the file carries tuned vectors for the token before a document's first."""
+    return "blocks.0.att.shift_state" in tensors
+
+
+def is_initial_shift(official: str) -> bool:
+    """Whether this is the name of such a vector."""
+    return official.endswith(".shift_state")
+
+
+def start_parameters(tensors: Mapping[str, object]) -> dict[str, bool]:
+    """What `key_rows` and a model's constructor want to know of a set of official names."""
+    return {
+        "has_initial_state": has_initial_state(tensors),
+        "has_initial_shifts": has_initial_shifts(tensors),
+    }
 
 
 def _norm(official: str, ours: str) -> Iterator[KeyRow]:
