@@ -17,10 +17,11 @@ from torch import nn
 import infctx
 from infctx.adapters.catalog import ATTACH, Adapter
 from infctx.checkpoint.atomic import remove_tree, remove_unfinished, replace_directory, write_file_atomically
-from infctx.checkpoint.model_file import ModelFile, read_model_file
+from infctx.checkpoint.model_file import ModelFile, build_model, open_model, read_model_file
 from infctx.checkpoint.run_lock import RunLock
 from infctx.checkpoint.run_state import RunState, load_run_state
 from infctx.errors import CheckpointError, MachineError, RecipeError, machine_fault
+from infctx.export.adapter_files import merge_adapter, read_adapter
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.recipe.load import load_recipe, recipe_differences, write_recipe
@@ -188,6 +189,19 @@ def open_trained(path: str | Path) -> TrainedModel:
         step=loaded.state.step,
         skipped=loaded.skipped,
     )
+
+
+def open_with_adapter(
+    path: str | Path, adapter: Path, *, alpha: float | None = None, start: Path | None = None
+) -> TrainedModel:
+    """A model file with an adapter merged into it; float32, on the CPU. alpha, start: see `read_adapter`."""
+    path = Path(path)
+    if (path / RECIPE_FILE).is_file():
+        raise CheckpointError(
+            f"{path}: is a run, which has an adapter of its own; expected a model file with --adapter."
+        )
+    merged = merge_adapter(open_model(path), read_adapter(adapter, alpha=alpha, start=start), file=str(adapter))
+    return TrainedModel(model=build_model(merged), tokenizer=merged.tokenizer, step=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

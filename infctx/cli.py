@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 import os
 import sys
 import traceback
@@ -17,6 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from infctx.cli_adapter import Alpha, Start, adapter_app
+from infctx.cli_answer import AsJson
+from infctx.cli_answer import answer as _answer
+from infctx.cli_answer import say as _say
+from infctx.cli_answer import shown as _shown
 from infctx.errors import CheckpointError, InfctxError, MachineError, machine_fault
 
 if TYPE_CHECKING:
@@ -38,6 +42,7 @@ app = typer.Typer(
 )
 model_app = typer.Typer(help="Make and inspect models.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(model_app, name="model")
+app.add_typer(adapter_app, name="adapter")
 bench_app = typer.Typer(
     help="Measure against others, each result proved right first.",
     epilog="Example: infctx bench kernels --quick",
@@ -50,7 +55,6 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys set differently, as optimizer.lr=1e-5.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 @app.command(epilog="Example: infctx train recipes/debug_cpu.yaml run.steps=20")
@@ -162,6 +166,12 @@ def export(
     output: Annotated[Path, typer.Option(help="The file to write.")],
     format: Annotated[str, typer.Option(help="pth or safetensors.")] = "pth",
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "bf16",
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Merge this onto a model file: a .pth of RWKV-PEFT, or a folder in peft's layout."),
+    ] = None,
+    alpha: Alpha = None,
+    start: Start = None,
     force: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -175,7 +185,9 @@ def export(
     if dtype not in dtypes:
         raise InfctxError(f"--dtype {dtype}: expected one of {', '.join(dtypes)}.")
     check_output(output, format=format, force=force)
-    trained = _open(source)
+    if adapter is None and (alpha is not None or start is not None):
+        raise InfctxError("--alpha and --init tell of an --adapter; there is none.")
+    trained = _open(source) if adapter is None else _open_with_adapter(source, adapter, alpha=alpha, start=start)
     # Written and proved under another name: an output that is being replaced stays until then.
     unproved = output.with_name(f".{output.name}.unproved-{os.getpid()}")
     try:
@@ -489,25 +501,16 @@ def _open(source: Path) -> TrainedModel:
     return trained
 
 
+def _open_with_adapter(source: Path, adapter: Path, *, alpha: float | None, start: Path | None) -> TrainedModel:
+    from infctx.assemble import open_with_adapter
+
+    return open_with_adapter(source, adapter, alpha=alpha, start=start)
+
+
 def _load_recipe(path: Path, overrides: list[str] | None) -> Any:
     from infctx.recipe.load import load_recipe
 
     return load_recipe(path, overrides or [])
-
-
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # Nobody may be reading any more.
-        print(text, file=sys.stderr)
-
-
-def _answer(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({key: _json_value(value) for key, value in result.items()}, allow_nan=False))
-
-
-def _json_value(value: object) -> object:
-    """JSON has no infinity and no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _gradient_table(measured: GradientCheck) -> str:
@@ -523,12 +526,6 @@ def _gradient_table(measured: GradientCheck) -> str:
     verdict = "within" if measured.is_within_bound else "NOT within"
     lines.append(f"Every error is {verdict} the bound of {measured.bound:g}.")
     return "\n".join(lines)
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 if __name__ == "__main__":
