@@ -123,7 +123,10 @@ class _Scales:
         self.alpha = _number(config.get("lora_alpha"), "lora_alpha", file=file)
         self._is_rslora = bool(config.get("use_rslora"))
         self._alphas: dict[str, float] = {}
-        for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+        patterns = config.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise CheckpointError(f"{file}: adapter_config.json: alpha_pattern: expected a table of names and alphas.")
+        for pattern, alpha in patterns.items():
             hits = [name for name in matrices if _is_meant(pattern, name)]
             if not hits:
                 raise CheckpointError(f"{file}: adapter_config.json: alpha_pattern {pattern[:80]!r} names no matrix.")

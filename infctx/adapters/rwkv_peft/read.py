@@ -54,6 +54,7 @@ def read_rwkv_peft(tensors: Mapping[str, Tensor], *, file: str) -> ModelChanges:
     if not kinds:
         return _of_whole_tensors(whole, file=file)
     updates = {name: _update(name, found, file=file) for name, found in parts.items()}
+    _check_all(parts, whole, file=file)
     kind = kinds.pop()
     if kind == "disha":
         forms = {type(update) for update in updates.values()}
@@ -106,6 +107,7 @@ def with_start(changes: ModelChanges, start: Mapping[str, Tensor], *, file: str,
             f"{start_file}: --init: expected the matrices of {file}; {different[0]} is in one of the two only. "
             "Give the init_pissa.pth of the same training."
         )
+    _check_all(parts, {}, file=start_file)
     updates: dict[str, Update] = {}
     for name, update in changes.updates.items():
         assert isinstance(update, LowRank)
@@ -136,11 +138,18 @@ def _sort(tensors: Mapping[str, Tensor], *, file: str) -> tuple[dict[str, dict[s
             continue
         if place in found:
             raise CheckpointError(f"{file}: tensor {name} is there twice, once as {key[:120]!r}; expected it once.")
-        check_numbers(name, tensor, file=file)
         found[place] = tensor
     if unknown:
         raise CheckpointError(_about_unknown(unknown, file=file))
     return parts, whole
+
+
+def _check_all(parts: dict[str, dict[str, Tensor]], whole: dict[str, Tensor], *, file: str) -> None:
+    for matrix, found in parts.items():
+        for part, tensor in found.items():
+            check_numbers(f"{matrix}.{part}", tensor, file=file)
+    for name, tensor in whole.items():
+        check_numbers(name, tensor, file=file)
 
 
 def _without_prefixes(key: str) -> str:
@@ -166,6 +175,7 @@ def _of_whole_tensors(whole: dict[str, Tensor], *, file: str) -> ModelChanges:
     if not whole:
         raise CheckpointError(f"{file}: holds no tensors; expected an adapter.")
     if all(map(is_time_state, whole)):
+        _check_all({}, whole, file=file)
         return ModelChanges(kind="state", replaced=whole)
     first = next(name for name in whole if not is_time_state(name))
     raise CheckpointError(
