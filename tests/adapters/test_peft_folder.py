@@ -69,18 +69,38 @@ def test_peft_computes_with_the_folder_what_the_file_means(
     file, folder = tmp_path / "rwkv-0.pth", tmp_path / "folder"
     # 24 and 56 channels: blocks of 5 leave a partial one.
     tensors = make_adapter(official, {"pissa": "lora"}.get(kind, kind), rank=5)
-    write_pth(file, {**tensors, "blocks.1.att.time_faaaa": torch.ones(3, 8), "ln_out.bias": torch.ones(24)})
+    start = make_adapter(official, "start", rank=5, seed=1)
+    if kind != "disha":  # One matrix of another rank; MiSS has one rank for all.
+        wider = make_adapter(official, "lora", rank=7, seed=2)
+        tensors.update({name: wider[name] for name in wider if name.startswith("blocks.1.att.value.")})
+        wider = make_adapter(official, "start", rank=7, seed=3)
+        start.update({name: wider[name] for name in wider if ".1.att.value." in name})
+    weight = official["blocks.1.att.key.weight"] * 0.5
+    write_pth(
+        file,
+        {
+            **tensors,
+            "blocks.1.att.time_faaaa": torch.ones(3, 8),
+            "ln_out.bias": torch.ones(24),
+            "blocks.1.att.key.weight": weight,
+        },
+    )
     told: dict[str, Any] = {"alpha": 20.0} if kind == "lora" else {}
     if kind == "pissa":
         told = {"start": tmp_path / "init_pissa.pth"}
-        write_pth(told["start"], make_adapter(official, "start", rank=5, seed=1))
+        write_pth(told["start"], start)
     expected = merged_logits(base, file, **told)
     write_adapter_folder(read_adapter(file, **told), folder, base=base, file=str(file))
     model = small(make_finch)
-    trained = load_file(folder / TRAINED_PARAMETERS)
-    assert trained.keys() == {"blocks.1.time_mix.bonus", "output_norm.bias"}
-    model.load_state_dict(trained, strict=False)
     attached = peft.PeftModel.from_pretrained(model, str(folder))
+    trained = load_file(folder / TRAINED_PARAMETERS)
+    assert trained.keys() == {
+        "blocks.1.time_mix.bonus",
+        "output_norm.bias",
+        "blocks.1.time_mix.key.base_layer.weight",
+    }
+    # Names as the model has them with the adapter attached.
+    assert not model.load_state_dict(trained, strict=False).unexpected_keys
     torch.testing.assert_close(attached(TOKENS)[0], expected, rtol=0, atol=2e-5)
     assert float((expected - small(make_finch)(TOKENS)[0]).abs().max()) > 0.1
     # Every tensor of the folder was wanted, and everything attached had one.
@@ -90,14 +110,14 @@ def test_peft_computes_with_the_folder_what_the_file_means(
     }
     torch.testing.assert_close(merged_logits(base, folder), expected, rtol=0, atol=2e-5)
     note = json.loads((folder / "infctx.json").read_text())
-    rank, alpha = {"lora": (5, 20), "pissa": (10, 10), "disha": (5, None)}[kind]
+    ranks, alpha = {"lora": ([5, 7], 20), "pissa": ([10, 14], 10), "disha": ([5], None)}[kind]
     shown = {"lora": "lora", "pissa": "lora", "disha": "miss"}[kind]
-    assert note == {"kind": shown, "alpha": alpha, "ranks": [rank], "base_fingerprint": fingerprint(base)}
+    assert note == {"kind": shown, "alpha": alpha, "ranks": ranks, "base_fingerprint": fingerprint(base)}
     # And back to a file.
     written = write_rwkv_peft(read_adapter(folder), tmp_path / "again.pth", dtype=None, file="folder")
     back = read_tensors(tmp_path / "again.pth")[0]
     if kind == "pissa":
-        assert written["alpha"] == 10.0
+        assert written["alpha"] == 14.0
         torch.testing.assert_close(merged_logits(base, tmp_path / "again.pth"), expected, rtol=0, atol=2e-5)
     else:
         original = read_tensors(file)[0]
@@ -438,6 +458,10 @@ def test_layers_without_an_adapter_are_told_from_missing_ones(make_finch: Callab
     base = tensors_of(small(make_finch))
     write_rwkv_peft(read_adapter(tmp_path), tmp_path / "x.pth", dtype=None, file="folder")
     torch.testing.assert_close(merged_logits(base, tmp_path / "x.pth"), expected, rtol=0, atol=2e-5)
+    write_adapter_folder(read_adapter(tmp_path / "x.pth"), tmp_path / "folder", base=base, file="x.pth")
+    attached = peft.PeftModel.from_pretrained(small(make_finch), str(tmp_path / "folder"))
+    torch.testing.assert_close(attached(TOKENS)[0], expected, rtol=0, atol=2e-5)
+    assert sum("lora_A" in name for name, _ in attached.named_parameters()) == 1
     note_path(tmp_path / "x.pth").unlink()
     with pytest.raises(CheckpointError, match=r"blocks\.0\.att\.key has no adapter"):
         merged_logits(base, tmp_path / "x.pth", alpha=4.0)
