@@ -19,8 +19,8 @@ class ModelChanges:
 
     kind: lora, pissa, dora, disha, disha_bat, miss_bat, miss_mini, state, or parameters (tensors alone).
     updates: by the official name of a matrix without `.weight`. replaced: tensors that take the place of the base's, by
-    official name. alpha: None where the kind has none, or nothing tells it. base_fingerprint: of the base it belongs to,
-    where the file tells it. is_in_every_layer: a matrix that is changed in one layer has to be changed in all; else
+    official name. alpha: None where the kind has none, or nothing tells it. base_fingerprint: of the base it belongs
+    to, where the file tells it. is_in_every_layer: a matrix that is changed in one layer has to be changed in all; else
     something is missing.
     """
 

@@ -280,6 +280,7 @@ def test_what_has_no_counterpart_is_refused_with_the_reason(
         ("dora", "no place for DoRA's magnitudes"),
         ("miss_bat", "each row of tiles"),
         ("miss_mini", "full width"),
+        ("embedding", "RWKV-PEFT has them in the blocks only"),
     ):
         folder = tmp_path / kind
         with warnings.catch_warnings():
@@ -287,6 +288,8 @@ def test_what_has_no_counterpart_is_refused_with_the_reason(
             save_with_peft(attached_by_peft(small(make_finch), kind), folder)
         with pytest.raises(CheckpointError, match=reason):
             write_rwkv_peft(read_adapter(folder), tmp_path / "x.pth", dtype=None, file=kind)
+        with pytest.raises(CheckpointError, match="in its layout already"):
+            write_adapter_folder(read_adapter(folder), tmp_path / "folder", base=base, file=kind)
     assert not (tmp_path / "x.pth").exists()
 
 

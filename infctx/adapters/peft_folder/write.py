@@ -29,8 +29,10 @@ def to_peft(changes: ModelChanges, shapes: Mapping[str, torch.Size], *, file: st
         raise CheckpointError(
             f"{file}: cannot become a peft adapter: {OTHER_BAT}. Merge it: infctx export MODEL --adapter."
         )
-    if changes.kind == "dora":
-        raise CheckpointError(f"{file}: is a peft adapter already.")
+    if changes.kind in ("dora", "miss_bat", "miss_mini") or "emb" in changes.updates:
+        raise CheckpointError(
+            f"{file}: only peft has such adapters, so this one is in its layout already. Use it as it is."
+        )
     updates = {our_matrix(name): update for name, update in changes.updates.items()}
     targets = _targets(list(updates), num_layers=_num_layers(shapes))
     if changes.kind == "disha":
