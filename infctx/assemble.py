@@ -21,6 +21,7 @@ from infctx.checkpoint.model_file import ModelFile, open_model, read_model_file,
 from infctx.checkpoint.run_lock import RunLock
 from infctx.checkpoint.run_state import RunState, load_run_state
 from infctx.errors import CheckpointError, MachineError, RecipeError, machine_fault
+from infctx.export.adapter_files import merge_adapter, read_adapter
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.model.tensors import ModelTensors
@@ -206,11 +207,22 @@ class OpenedForExport:
     notes: Sequence[str]
 
 
-def open_for_export(path: str | Path) -> OpenedForExport:
-    """A model, or a run folder with its newest checkpoint merged into its base model."""
+def open_for_export(
+    path: str | Path, *, adapter: Path | None = None, alpha: float | None = None, start: Path | None = None
+) -> OpenedForExport:
+    """A model, a model with an adapter from elsewhere, or a run folder with its newest checkpoint merged into its base.
+
+    Args: alpha, start: see `read_adapter`.
+    """
     path = Path(path)
     if not (path / RECIPE_FILE).is_file():
-        return OpenedForExport(source=open_model(path, is_streamed=True), logits=None, notes=())
+        source = open_model(path, is_streamed=True)
+        if adapter is not None:
+            changes = read_adapter(adapter, alpha=alpha, start=start)
+            source = merge_adapter(source, changes, file=str(adapter))
+        return OpenedForExport(source=source, logits=None, notes=())
+    if adapter is not None:
+        raise CheckpointError(f"{path}: is a run, which has an adapter of its own; expected a model with --adapter.")
     trained = open_trained(path)
     notes = [f"Skipped a damaged checkpoint: {reason}" for reason in trained.skipped]
     notes.append(f"{path}: the model of step {trained.step:,}.")

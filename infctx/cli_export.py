@@ -31,6 +31,8 @@ Code = Annotated[
     Path | None,
     typer.Option(help="hf: a folder with modeling_rwkv6.py and configuration_rwkv6.py, to be carried along."),
 ]
+Alpha = Annotated[float | None, typer.Option(help="alpha of a LoRA; RWKV-PEFT's files do not hold it.")]
+Start = Annotated[Path | None, typer.Option("--init", help="The second file of a PiSSA, init_pissa.pth.")]
 Force = Annotated[bool, typer.Option(help="Replace an output that exists.")]
 
 
@@ -39,6 +41,12 @@ def export(
     output: Annotated[Path, typer.Option(help="The file or folder to write.")],
     format: Format = None,
     dtype: Dtype = "bf16",
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Merge this onto a model: a .pth of RWKV-PEFT, a folder in peft's layout, or a run."),
+    ] = None,
+    alpha: Alpha = None,
+    start: Start = None,
     shard_size: ShardSize = 5.0,
     code: Code = None,
     force: Force = False,
@@ -55,7 +63,9 @@ def export(
     options = _options(dtype, shard_size, code)
     chosen = format_of(output, format)
     check_output(output, format=chosen, force=force)
-    opened = open_for_export(source)
+    if adapter is None and (alpha is not None or start is not None):
+        raise InfctxError("--alpha and --init tell of an --adapter; there is none.")
+    opened = open_for_export(source, adapter=adapter, alpha=alpha, start=start)
     for line in opened.notes:
         say(line)
     _write(opened.source, output, chosen, options, force=force, dtype=dtype, as_json=as_json, expected=opened.logits)
