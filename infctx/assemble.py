@@ -9,13 +9,14 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 import infctx
 from infctx.adapters.catalog import ATTACH, Adapter
+from infctx.adapters.quantized_base import quantize_
 from infctx.checkpoint.atomic import remove_tree, remove_unfinished, replace_directory, write_file_atomically
 from infctx.checkpoint.model_file import ModelFile, read_model_file
 from infctx.checkpoint.run_lock import RunLock
@@ -55,6 +56,7 @@ FREE_KEYS = (
     "run.checkpoint_minutes",
     "run.keep_checkpoints",
 )
+Base = Literal["trained", "original"]
 RESULT_KEYS = ("steps", "train_loss", "val_loss", "first_val_loss", "tokens", "folder")
 
 
@@ -63,13 +65,14 @@ class TrainedModel:
     """A model ready for use.
 
     tokenizer: its name, or None where nothing says it. step: of the checkpoint, if any. skipped: a sentence for each
-    newer checkpoint that is damaged.
+    newer checkpoint that is damaged. quantize: how the base was stored in training, "none" for floats.
     """
 
     model: Finch
     tokenizer: str | None
     step: int | None
     skipped: Sequence[str] = ()
+    quantize: str = "none"
 
 
 def run_recipe(recipe: Recipe, progress: Progress, *, fresh: bool = False) -> dict[str, Any]:
@@ -163,8 +166,13 @@ def check_recipe(
     return lines, measured
 
 
-def open_trained(path: str | Path) -> TrainedModel:
-    """A model file, or a run folder with its newest checkpoint merged into its base model; float32, on the CPU."""
+def open_trained(path: str | Path, *, onto: Base = "trained") -> TrainedModel:
+    """A model file, or a run folder with its newest checkpoint merged into its base model; float32, on the CPU.
+
+    Args:
+        onto: what the adapter of a run with a quantised base is added to: the base it was trained on, dequantised, or
+            the original weights of the file.
+    """
     path = Path(path)
     if not (path / RECIPE_FILE).is_file():
         opened = read_model_file(path)
@@ -175,7 +183,7 @@ def open_trained(path: str | Path) -> TrainedModel:
         raise CheckpointError(f"{path}: this run has no checkpoint yet. Let it train to its first one.")
     opened = read_model_file(recipe.model.path)
     _check_base(recipe, opened, loaded.state, folder=path)
-    adapter = _attach(recipe, opened.model)
+    adapter = _attach(recipe, opened.model, onto_original=onto == "original")
     parameters = dict(opened.model.named_parameters())
     with torch.no_grad():
         for name, tensor in loaded.state.tensors["trainable"].items():
@@ -187,6 +195,7 @@ def open_trained(path: str | Path) -> TrainedModel:
         tokenizer=tokenizer if isinstance(tokenizer, str) else None,
         step=loaded.state.step,
         skipped=loaded.skipped,
+        quantize=recipe.model.quantize,
     )
 
 
@@ -224,7 +233,7 @@ def _open_parts(recipe: Recipe, say: Say) -> _Parts:
     num_base_parameters = sum(parameter.numel() for parameter in model_file.model.parameters())
     # New adapter weights are drawn from the global generator.
     torch.manual_seed(recipe.run.seed)
-    adapter = _attach(recipe, model_file.model)
+    adapter = _attach(recipe, model_file.model, device=engine.device)
     apply_precision_(model_file.model, engine.precision)
     return _Parts(
         engine=engine,
@@ -259,8 +268,13 @@ def _filled_in(recipe: Recipe, begun: Recipe) -> Recipe:
     return recipe.model_copy(update=sections)
 
 
-def _attach(recipe: Recipe, model: Finch) -> Adapter:
+def _attach(
+    recipe: Recipe, model: Finch, *, device: torch.device | str = "cpu", onto_original: bool = False
+) -> Adapter:
+    """The adapter on the base that the recipe says, or on its original floats all the same."""
     section = recipe.adapter
+    if recipe.model.quantize != "none" and not onto_original:
+        quantize_(model, recipe.model.quantize, device=device)
     if section.kind == "full":
         return ATTACH["full"](model, freeze=section.freeze)
     return ATTACH["lora"](
@@ -404,7 +418,8 @@ def _headline(recipe: Recipe, parts: _Parts) -> list[str]:
     rejected = f", {len(data.loaded.rejected):,} rows skipped" if data.loaded.rejected else ""
     return [
         f"model      {name}, {config.n_layer} layers × {config.n_embd} channels, "
-        f"{parts.num_base_parameters:,} parameters",
+        f"{parts.num_base_parameters:,} parameters"
+        + ("" if recipe.model.quantize == "none" else f", matrices of the blocks stored as {recipe.model.quantize}"),
         f"trained    {trained:,} parameters ({kind})",
         f"data       {documents}, {train_tokens:,} tokens ({data.tokenizer}); held out {held_out:,} tokens{rejected}",
         f"gradient   {window_in_words(recipe)}",

@@ -20,7 +20,7 @@ import typer
 from infctx.errors import CheckpointError, InfctxError, MachineError, machine_fault
 
 if TYPE_CHECKING:
-    from infctx.assemble import TrainedModel
+    from infctx.assemble import Base, TrainedModel
     from infctx.training.gradient_check import GradientCheck
 
 EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_STOPPED, EXIT_MACHINE = 0, 1, 2, 3, 4
@@ -162,6 +162,13 @@ def export(
     output: Annotated[Path, typer.Option(help="The file to write.")],
     format: Annotated[str, typer.Option(help="pth or safetensors.")] = "pth",
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "bf16",
+    onto: Annotated[
+        str | None,
+        typer.Option(
+            help="After training on a quantised base: trained adds the adapter to the base it was trained on "
+            "(the default), original to the weights of the file."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -174,8 +181,15 @@ def export(
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     if dtype not in dtypes:
         raise InfctxError(f"--dtype {dtype}: expected one of {', '.join(dtypes)}.")
+    if onto not in (None, "trained", "original"):
+        raise InfctxError(f"--onto {onto}: expected trained or original.")
     check_output(output, format=format, force=force)
-    trained = _open(source)
+    trained = _open(source, onto=onto or "trained")
+    if onto is not None and trained.quantize == "none":
+        raise InfctxError(f"--onto {onto}: {source} was not trained on a quantised base. Leave it out.")
+    answer: dict[str, Any] = {"path": str(output), "format": format}
+    if trained.quantize != "none":
+        answer |= _compare_merges(source, trained, onto=onto or "trained")
     # Written and proved under another name: an output that is being replaced stays until then.
     unproved = output.with_name(f".{output.name}.unproved-{os.getpid()}")
     try:
@@ -189,7 +203,7 @@ def export(
         unproved.unlink(missing_ok=True)
     _say(f"Wrote {output} ({format}, {dtype}, {output.stat().st_size:,} bytes).")
     _say(f"Read back: largest logit difference {difference:.2e} against the float32 source.")
-    _answer({"path": str(output), "format": format, "max_logit_difference": difference}, as_json)
+    _answer(answer | {"max_logit_difference": difference}, as_json)
 
 
 @app.command(epilog='Example: infctx generate runs/quickstart --prompt "The for statement" --max-tokens 100')
@@ -478,15 +492,31 @@ def _flush_or_forget() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _open(source: Path) -> TrainedModel:
+def _open(source: Path, *, onto: Base = "trained") -> TrainedModel:
     from infctx.assemble import open_trained
 
-    trained = open_trained(source)
+    trained = open_trained(source, onto=onto)
     for reason in trained.skipped:
         _say(f"Skipped a damaged checkpoint: {reason}")
     if trained.step is not None:
         _say(f"{source}: the model of step {trained.step:,}.")
     return trained
+
+
+def _compare_merges(source: Path, trained: TrainedModel, *, onto: Base) -> dict[str, Any]:
+    """Tell how far the merge onto the other base is from this one."""
+    from infctx.assemble import open_trained
+    from infctx.export.verify import merge_difference
+
+    other = open_trained(source, onto="original" if onto == "trained" else "trained")
+    in_words = {"trained": f"the {trained.quantize} base it was trained on", "original": "the original weights"}
+    by_base = {onto: trained.model, "original" if onto == "trained" else "trained": other.model}
+    found = merge_difference(by_base["trained"], by_base["original"])
+    _say(
+        f"Merged onto {in_words[onto]}. The two merges differ by {found.weight:.2e} of a matrix at most, and by "
+        f"{found.logit:.2e} in a logit."
+    )
+    return {"onto": onto, "merge_weight_difference": found.weight, "merge_logit_difference": found.logit}
 
 
 def _load_recipe(path: Path, overrides: list[str] | None) -> Any:

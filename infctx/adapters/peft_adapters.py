@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from infctx.adapters.patterns import matching_parameters, nearest_names
+from infctx.adapters.quantized_base import dequantize_, refuse_quantized
 from infctx.errors import RecipeError
+from infctx.model.bitsandbytes_linear import without_its_advice
 
 TRAINED_PARAMETERS = "trained_parameters.safetensors"
 ADAPTER_README = f"""# A LoRA adapter of an RWKV model, in peft's layout
@@ -66,7 +68,11 @@ class PeftAdapter:
         config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
     def merge_(self) -> None:
-        """Fold the adapter into the weights and take it out of the model, in place."""
+        """Fold the adapter into the weights and take it out of the model, in place.
+
+        Quantised matrices become plain ones first: what the adapter is added to is what it was trained on.
+        """
+        dequantize_(self._peft_model.get_base_model())
         self._peft_model.merge_and_unload(safe_merge=True)
 
 
@@ -85,14 +91,18 @@ def attach_lora(
         targets: last part or parts of the matrices' names, as "key" or "channel_mix.key".
         train_also: glob patterns of parameters that are trained as they are.
     Raises:
-        RecipeError: a target matches no matrix, or a pattern no parameter; names the nearest.
+        RecipeError: a target matches no matrix, or a pattern no parameter; names the nearest. A pattern matches a
+            matrix that is stored quantised.
     """
     _check_targets(model, targets)
     trained = matching_parameters(model, train_also, key="adapter.train_also")
-    import peft
+    raw_parameters = {name: parameter for name, parameter in model.named_parameters() if name in trained}
+    refuse_quantized(raw_parameters.items(), key="adapter.train_also")
+    # peft imports bitsandbytes where it is installed.
+    with without_its_advice():
+        import peft
 
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none")
-    raw_parameters = {name: parameter for name, parameter in model.named_parameters() if name in trained}
     peft_model = peft.get_peft_model(model, config)
     for parameter in raw_parameters.values():
         parameter.requires_grad_(True)

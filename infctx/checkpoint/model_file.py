@@ -14,6 +14,7 @@ from infctx.checkpoint.weights import read_tensors
 from infctx.errors import CheckpointError
 from infctx.model import finch_keys
 from infctx.model.finch import Finch
+from infctx.model.quantized_linear import QuantizedLinear
 
 # Key of our safetensors metadata: which tokenizer the model's ids belong to.
 TOKENIZER_KEY = "infctx.tokenizer"
@@ -58,9 +59,15 @@ def official_tensors(model: Finch) -> dict[str, Tensor]:
     """The model's parameters under official names and in official shapes and order, sharing memory where possible."""
     has_state = model.blocks[0].time_mix.initial_state is not None
     return {
-        row.official: finch_keys.to_official(row, model.get_parameter(row.ours).detach())
+        row.official: finch_keys.to_official(row, _values(model, row.ours))
         for row in finch_keys.key_rows(model.config, has_initial_state=has_state)
     }
+
+
+def _values(model: Finch, name: str) -> Tensor:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    # What is stored in such a layer are codes.
+    return owner.dequantized() if isinstance(owner, QuantizedLinear) else model.get_parameter(name).detach()
 
 
 def _model_from_tensors(

@@ -33,7 +33,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if not onednn_is_faster() or torch.is_autocast_enabled("cpu") or type(weight) not in (Tensor, torch.nn.Parameter):
         return F.linear(x, weight)
     # Reshaped out here: what a function of autograd returns as a view could not be changed in place.
-    return _OneDnnLinear.apply(x.reshape(rows, -1), weight).view(*x.shape[:-1], -1)
+    flat = _OneDnnLinear.apply(x.reshape(rows, -1), weight)
+    return flat if x.dim() == 2 else flat.view(*x.shape[:-1], -1)
 
 
 @functools.cache
