@@ -16,7 +16,7 @@ from torch import nn
 
 import infctx
 from infctx.adapters.catalog import ATTACH, Adapter
-from infctx.adapters.quantized_base import quantize_
+from infctx.adapters.quantized_base import quantize_, stored_bytes
 from infctx.checkpoint.atomic import remove_tree, remove_unfinished, replace_directory, write_file_atomically
 from infctx.checkpoint.model_file import ModelFile, read_model_file
 from infctx.checkpoint.run_lock import RunLock
@@ -183,7 +183,9 @@ def open_trained(path: str | Path, *, onto: Base = "trained") -> TrainedModel:
         raise CheckpointError(f"{path}: this run has no checkpoint yet. Let it train to its first one.")
     opened = read_model_file(recipe.model.path)
     _check_base(recipe, opened, loaded.state, folder=path)
-    adapter = _attach(recipe, opened.model, onto_original=onto == "original")
+    if onto == "trained":
+        _quantize(recipe, opened.model, torch.device("cpu"))
+    adapter = _attach(recipe, opened.model)
     parameters = dict(opened.model.named_parameters())
     with torch.no_grad():
         for name, tensor in loaded.state.tensors["trainable"].items():
@@ -207,6 +209,7 @@ class _Parts:
     data: RunData
     backend: str
     num_base_parameters: int
+    base_in_words: str
     boundaries: BoundaryPlan
 
 
@@ -233,7 +236,8 @@ def _open_parts(recipe: Recipe, say: Say) -> _Parts:
     num_base_parameters = sum(parameter.numel() for parameter in model_file.model.parameters())
     # New adapter weights are drawn from the global generator.
     torch.manual_seed(recipe.run.seed)
-    adapter = _attach(recipe, model_file.model, device=engine.device)
+    base_in_words = _quantize(recipe, model_file.model, engine.device)
+    adapter = _attach(recipe, model_file.model)
     apply_precision_(model_file.model, engine.precision)
     return _Parts(
         engine=engine,
@@ -242,6 +246,7 @@ def _open_parts(recipe: Recipe, say: Say) -> _Parts:
         data=data,
         backend=str(backend),
         num_base_parameters=num_base_parameters,
+        base_in_words=base_in_words,
         boundaries=_boundaries(recipe, model_file.model, data, engine.device),
     )
 
@@ -268,13 +273,19 @@ def _filled_in(recipe: Recipe, begun: Recipe) -> Recipe:
     return recipe.model_copy(update=sections)
 
 
-def _attach(
-    recipe: Recipe, model: Finch, *, device: torch.device | str = "cpu", onto_original: bool = False
-) -> Adapter:
-    """The adapter on the base that the recipe says, or on its original floats all the same."""
+def _quantize(recipe: Recipe, model: Finch, device: torch.device) -> str:
+    """Store the base as the recipe says, and say how; "" for floats."""
+    kind = recipe.model.quantize
+    if kind == "none":
+        return ""
+    error = quantize_(model, kind, device=device)
+    return (
+        f"{kind} in the matrices of the blocks, relative error {error:.2g} at most; {stored_bytes(model) / 1e6:,.0f} MB"
+    )
+
+
+def _attach(recipe: Recipe, model: Finch) -> Adapter:
     section = recipe.adapter
-    if recipe.model.quantize != "none" and not onto_original:
-        quantize_(model, recipe.model.quantize, device=device)
     if section.kind == "full":
         return ATTACH["full"](model, freeze=section.freeze)
     return ATTACH["lora"](
@@ -418,8 +429,8 @@ def _headline(recipe: Recipe, parts: _Parts) -> list[str]:
     rejected = f", {len(data.loaded.rejected):,} rows skipped" if data.loaded.rejected else ""
     return [
         f"model      {name}, {config.n_layer} layers × {config.n_embd} channels, "
-        f"{parts.num_base_parameters:,} parameters"
-        + ("" if recipe.model.quantize == "none" else f", matrices of the blocks stored as {recipe.model.quantize}"),
+        f"{parts.num_base_parameters:,} parameters",
+        *([f"stored     {parts.base_in_words}"] if parts.base_in_words else []),
         f"trained    {trained:,} parameters ({kind})",
         f"data       {documents}, {train_tokens:,} tokens ({data.tokenizer}); held out {held_out:,} tokens{rejected}",
         f"gradient   {window_in_words(recipe)}",

@@ -35,7 +35,7 @@ def max_logit_difference(model: Finch, path: str | Path) -> float:
 
 
 class MergeDifference(NamedTuple):
-    """weight: largest relative difference of a matrix, norm over norm. logit: largest of the logits of a fixed probe."""
+    """weight: largest relative one of a parameter, norm over norm. logit: largest of the logits of a fixed probe."""
 
     weight: float
     logit: float

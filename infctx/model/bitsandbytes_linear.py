@@ -12,9 +12,9 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from infctx.errors import RecipeError
@@ -67,12 +67,14 @@ class Nf4Linear(QuantizedLinear):
         self.register_buffer("levels", levels)
 
     @classmethod
-    def from_matrix(cls, matrix: Tensor) -> Self:
+    def from_matrix(cls, matrix: Tensor) -> Nf4Linear:
         """The nearest of 16 levels, in units of the largest magnitude of each block."""
-        codes, state = import_bitsandbytes().functional.quantize_4bit(
-            matrix.detach().float().contiguous(), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False
-        )
         num_outputs, num_inputs = matrix.shape
+        # One row of whole blocks: 0.50.2 reads wrong values back from rows of other lengths on CPUs with AVX-512.
+        flat = F.pad(matrix.detach().float().flatten(), (0, -matrix.numel() % NF4_BLOCK))
+        codes, state = import_bitsandbytes().functional.quantize_4bit(
+            flat[None], blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False
+        )
         return cls(num_inputs, num_outputs, codes, largest=state.absmax, levels=state.code)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -80,13 +82,14 @@ class Nf4Linear(QuantizedLinear):
         functional = import_bitsandbytes().functional
         state = functional.QuantState(
             absmax=self.largest.float(),
-            shape=torch.Size((self.out_features, self.in_features)),
+            shape=torch.Size((1, self.largest.numel() * NF4_BLOCK)),
             code=self.levels.float(),
             blocksize=NF4_BLOCK,
             quant_type="nf4",
             dtype=torch.float32 if dtype == torch.float64 else dtype,
         )
-        return functional.dequantize_4bit(self.weight.data, state).to(dtype)
+        flat = functional.dequantize_4bit(self.weight.data, state).flatten()[: self.out_features * self.in_features]
+        return flat.view(self.out_features, self.in_features).to(dtype)
 
 
 class BnbInt8Linear(QuantizedLinear):
@@ -104,7 +107,7 @@ class BnbInt8Linear(QuantizedLinear):
         self.register_buffer("largest", largest)
 
     @classmethod
-    def from_matrix(cls, matrix: Tensor) -> Self:
+    def from_matrix(cls, matrix: Tensor) -> BnbInt8Linear:
         """Round to 255 values between ± the largest magnitude of each row."""
         # The library's quantiser takes float16, in which larger values would be infinite.
         if float(matrix.abs().amax()) > LARGEST_HALF:

@@ -6,7 +6,7 @@ stored form of every matrix and one matrix in the dtype of the activations.
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class QuantizedLinear(nn.Linear):
         self.weight = nn.Parameter(codes, requires_grad=False)
 
     @classmethod
-    def from_matrix(cls, matrix: Tensor) -> Self:
+    def from_matrix(cls, matrix: Tensor) -> QuantizedLinear:
         """Quantise a matrix [out, in] of finite floats, where it is."""
         raise AssertionError("one of the kinds")
 
@@ -76,21 +76,21 @@ class Int8Linear(QuantizedLinear):
         self.register_buffer("scale", scale)
 
     @classmethod
-    def from_matrix(cls, matrix: Tensor) -> Self:
+    def from_matrix(cls, matrix: Tensor) -> Int8Linear:
         """Round to 255 values between ± the largest magnitude of each group."""
         parts = [_to_int8(rows) for rows in matrix.detach().split(ROWS_AT_ONCE)]
         codes, scales = zip(*parts, strict=True)
         return cls(torch.cat(codes), torch.cat(scales))
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Codes times scales, computed in float32 (float64 in a float64 model), then rounded to dtype."""
-        values = self.weight.to(self.scale.dtype)
+        """Codes times scales, computed in float32, then cast to dtype."""
+        values, scale = self.weight.to(torch.float32), self.scale.to(torch.float32)
         num_whole = self.in_features // GROUP_INPUTS
         whole, rest = values.split_with_sizes(
             [num_whole * GROUP_INPUTS, self.in_features - num_whole * GROUP_INPUTS], dim=1
         )
-        whole.unflatten(1, (num_whole, GROUP_INPUTS)).mul_(self.scale[:, :num_whole, None])
-        rest.mul_(self.scale[:, -1:])
+        whole.unflatten(1, (num_whole, GROUP_INPUTS)).mul_(scale[:, :num_whole, None])
+        rest.mul_(scale[:, -1:])
         return values.to(dtype)
 
 

@@ -32,9 +32,9 @@ class ModelSection(Section):
     path: Text = Field(description="Model file: an official .pth, or .safetensors as this project writes it.")
     quantize: Literal["none", "int8", "nf4", "bnb-int8"] = Field(
         default="none",
-        description="How the frozen matrices of the blocks are stored under an adapter: none: as floats; int8: 8.5 bits "
-        "a weight; nf4: 4.5 bits, through bitsandbytes; bnb-int8: 8 bits, with inputs rounded to 8 bits, too, through "
-        "bitsandbytes. Embedding and head stay as they are.",
+        description="How the frozen matrices of the blocks are stored under an adapter: none: as floats; int8: 8.5 "
+        "bits a weight; nf4: 4.5 bits, through bitsandbytes; bnb-int8: 8 bits, with inputs rounded to 8 bits, too, "
+        "through bitsandbytes. Embedding and head stay as they are.",
     )
 
 
@@ -208,9 +208,9 @@ class Recipe(Section):
             problems.append(
                 (
                     "model.quantize",
-                    f"{self.model.quantize} stores matrices that are frozen, and adapter.kind {self.adapter.kind} trains "
-                    f"or needs them as floats; set adapter.kind: {' or '.join(_ON_A_QUANTIZED_BASE)}, or "
-                    "model.quantize: none",
+                    f"{self.model.quantize} stores frozen matrices as codes, and adapter.kind {self.adapter.kind} "
+                    "trains them or computes with their values; set adapter.kind: "
+                    f"{' or '.join(_ON_A_QUANTIZED_BASE)}, or model.quantize: none",
                 )
             )
         if self.data.mode == "stream" and self.bptt.window == "document":
