@@ -49,6 +49,10 @@ def quantize_(model: Finch, kind: str, *, device: torch.device | str = "cpu") ->
         layer = quantized.from_matrix(matrix)
         largest_error = max(largest_error, _relative_error(layer, matrix))
         _replace(model.blocks, name, layer)
+    # Off the file, which is unmapped with its last tensor: its pages that were read count as this process's memory.
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
     return largest_error
 
 

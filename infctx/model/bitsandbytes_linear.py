@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infctx.errors import RecipeError
-from infctx.model.quantized_linear import LARGEST_CODE, QuantizedLinear
+from infctx.model.quantized_linear import LARGEST_CODE, ROWS_AT_ONCE, QuantizedLinear
 
 NF4_BLOCK = 64
 LARGEST_HALF = torch.finfo(torch.float16).max
@@ -70,12 +70,16 @@ class Nf4Linear(QuantizedLinear):
     def from_matrix(cls, matrix: Tensor) -> Nf4Linear:
         """The nearest of 16 levels, in units of the largest magnitude of each block."""
         num_outputs, num_inputs = matrix.shape
-        # One row of whole blocks: 0.50.2 reads wrong values back from rows of other lengths on CPUs with AVX-512.
-        flat = F.pad(matrix.detach().float().flatten(), (0, -matrix.numel() % NF4_BLOCK))
-        codes, state = import_bitsandbytes().functional.quantize_4bit(
-            flat[None], blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False
-        )
-        return cls(num_inputs, num_outputs, codes, largest=state.absmax, levels=state.code)
+        functional = import_bitsandbytes().functional
+        parts = []
+        for rows in matrix.detach().split(ROWS_AT_ONCE):
+            # One row of whole blocks: 0.50.2 reads wrong values back from rows of other lengths on CPUs with AVX-512.
+            # The last of the rows may have to be filled up; a multiple of 64 rows has none.
+            flat = F.pad(rows.float().flatten(), (0, -rows.numel() % NF4_BLOCK))
+            parts.append(functional.quantize_4bit(flat[None], blocksize=NF4_BLOCK, quant_type="nf4"))
+        codes = torch.cat([part for part, _ in parts])
+        largest = torch.cat([state.absmax for _, state in parts])
+        return cls(num_inputs, num_outputs, codes, largest=largest, levels=parts[0][1].code)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Level times largest magnitude, as bitsandbytes rounds it; a float64 model gets the float32 values."""
@@ -109,14 +113,18 @@ class BnbInt8Linear(QuantizedLinear):
     @classmethod
     def from_matrix(cls, matrix: Tensor) -> BnbInt8Linear:
         """Round to 255 values between ± the largest magnitude of each row."""
+        largest_value = float(torch.stack(torch.aminmax(matrix.detach())).abs().amax())
         # The library's quantiser takes float16, in which larger values would be infinite.
-        if float(matrix.abs().amax()) > LARGEST_HALF:
+        if largest_value > LARGEST_HALF:
             raise RecipeError(
                 f"model.quantize: bnb-int8 holds weights up to {LARGEST_HALF:,.0f}, and this model has one of "
-                f"{float(matrix.abs().amax()):,.0f}. Use int8."
+                f"{largest_value:,.0f}. Use int8."
             )
-        codes, largest, _ = import_bitsandbytes().functional.int8_vectorwise_quant(matrix.detach().half().contiguous())
-        return cls(codes, largest.float())
+        functional = import_bitsandbytes().functional
+        parts = [
+            functional.int8_vectorwise_quant(rows.half().contiguous()) for rows in matrix.detach().split(ROWS_AT_ONCE)
+        ]
+        return cls(torch.cat([codes for codes, *_ in parts]), torch.cat([largest for _, largest, _ in parts]).float())
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Codes times largest magnitude / 127."""
