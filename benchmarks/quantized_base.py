@@ -101,7 +101,7 @@ def write_model(file: Path, *, layers: int) -> None:
 def make_step(
     file: Path | str, kind: str, precision: str, *, tokens: int, chunk: int
 ) -> tuple[Finch, Callable[[], None]]:
-    """A model as a run has it: read as stored, quantised, with LoRA, cast, wrapped; and a function that trains a step."""
+    """A model as a run has it: read as stored, quantised, with LoRA, cast, wrapped; and what trains a step of it."""
     engine = FabricEngine(devices=1, strategy="single", precision=precision)
     model = read_model_file(file, dtype=None).model
     if kind != "none":
