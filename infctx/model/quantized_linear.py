@@ -20,6 +20,7 @@ GROUP_INPUTS = 64
 LARGEST_CODE = 127
 # Rows quantised at once: what that needs in float32 is small beside the matrix.
 ROWS_AT_ONCE = 512
+CACHED_ROWS = 128
 
 
 class QuantizedLinear(nn.Linear):
@@ -84,14 +85,24 @@ class Int8Linear(QuantizedLinear):
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Codes times scales, computed in float32, then cast to dtype."""
-        values, scale = self.weight.to(torch.float32), self.scale.to(torch.float32)
-        num_whole = self.in_features // GROUP_INPUTS
-        whole, rest = values.split_with_sizes(
-            [num_whole * GROUP_INPUTS, self.in_features - num_whole * GROUP_INPUTS], dim=1
-        )
-        whole.unflatten(1, (num_whole, GROUP_INPUTS)).mul_(scale[:, :num_whole, None])
-        rest.mul_(scale[:, -1:])
-        return values.to(dtype)
+        values = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
+        # A CPU has float32 products of some rows in its cache, and bf16 matrices 7 times as soon; a GPU takes them all.
+        at_once = CACHED_ROWS if values.device.type == "cpu" else self.out_features
+        for rows, codes, scale in zip(
+            *(part.split(at_once) for part in (values, self.weight, self.scale)), strict=True
+        ):
+            rows.copy_(_products(codes, scale.to(torch.float32)))
+        return values
+
+
+def _products(codes: Tensor, scale: Tensor) -> Tensor:
+    """float32 [rows, in] of codes [rows, in] and scales [rows, groups]."""
+    values = codes.to(torch.float32)
+    num_whole = codes.shape[1] // GROUP_INPUTS
+    whole, rest = values.tensor_split([num_whole * GROUP_INPUTS], dim=1)
+    whole.unflatten(1, (num_whole, GROUP_INPUTS)).mul_(scale[:, :num_whole, None])
+    rest.mul_(scale[:, -1:])
+    return values
 
 
 def _to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
