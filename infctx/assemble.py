@@ -6,26 +6,23 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import infctx
 from infctx.adapters.adapter import Adapter
+from infctx.adapters.quantized_base import quantize_, stored_bytes
 from infctx.checkpoint.atomic import remove_tree, remove_unfinished, write_file_atomically
-from infctx.checkpoint.model_file import ModelFile, open_model, read_model_file, tensors_of
+from infctx.checkpoint.model_file import ModelFile, read_model_file
 from infctx.checkpoint.run_lock import RunLock
-from infctx.checkpoint.run_state import RunState, load_run_state
-from infctx.errors import CheckpointError, MachineError, RecipeError, machine_fault
-from infctx.export.adapter_files import merge_adapter, read_adapter
+from infctx.errors import MachineError, RecipeError, machine_fault
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
-from infctx.model.tensors import ModelTensors
-from infctx.recipe.load import load_recipe, recipe_differences, write_recipe
+from infctx.recipe.load import RECIPE_FILE, load_recipe, recipe_differences, write_recipe
 from infctx.recipe.schema import Recipe
 from infctx.run_adapter import adapter_writer, attach_adapter, keep_start, read_start, start_digest, start_of
 from infctx.run_data import RunData, Say, data_from_anywhere, open_data, step_source
@@ -40,11 +37,9 @@ from infctx.training.metrics import MetricsLog
 from infctx.training.optim import LearningRate, make_adamw, parameter_groups
 from infctx.training.precision import apply_precision_
 from infctx.training.progress import LoggedProgress, Progress
-from infctx.training.resume import check_start
 from infctx.training.run import LoopSettings, Run
 from infctx_kernels import BackendError, choose_backend
 
-RECIPE_FILE = "recipe.yaml"
 RESULT_FILE = "result.json"
 LOG_FILE = "run.log"
 LEDGER_FILE = "ledger.json"
@@ -59,21 +54,6 @@ FREE_KEYS = (
     "run.checkpoint_minutes",
     "run.keep_checkpoints",
 )
-RESULT_KEYS = ("steps", "train_loss", "val_loss", "first_val_loss", "tokens", "folder")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainedModel:
-    """A model ready for use.
-
-    tokenizer: its name, or None where nothing says it. step: of the checkpoint, if any. skipped: a sentence for each
-    newer checkpoint that is damaged.
-    """
-
-    model: Finch
-    tokenizer: str | None
-    step: int | None
-    skipped: Sequence[str] = ()
 
 
 def run_recipe(recipe: Recipe, progress: Progress, *, fresh: bool = False) -> dict[str, Any]:
@@ -168,68 +148,6 @@ def check_recipe(
     return lines, measured
 
 
-def open_trained(path: str | Path) -> TrainedModel:
-    """A model file, or a run folder with its newest checkpoint merged into its base model; float32, on the CPU."""
-    path = Path(path)
-    if not (path / RECIPE_FILE).is_file():
-        opened = read_model_file(path)
-        return TrainedModel(model=opened.model, tokenizer=opened.tokenizer, step=None)
-    recipe = load_recipe(path / RECIPE_FILE)
-    loaded = load_run_state(path)
-    if loaded is None:
-        raise CheckpointError(f"{path}: this run has no checkpoint yet. Let it train to its first one.")
-    opened = read_model_file(recipe.model.path)
-    _check_base(recipe, opened, loaded.state, folder=path)
-    start = read_start(recipe.adapter, path, base_fingerprint=opened.fingerprint)
-    check_start(loaded.state.facts, start_digest(start), folder=path)
-    adapter = attach_adapter(recipe.adapter.resolved(), opened.model, start=start)
-    parameters = dict(opened.model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in loaded.state.tensors["trainable"].items():
-            parameters[name].copy_(tensor)
-    adapter.merge_()
-    tokenizer = loaded.state.facts.get("tokenizer")
-    return TrainedModel(
-        model=opened.model.eval(),
-        tokenizer=tokenizer if isinstance(tokenizer, str) else None,
-        step=loaded.state.step,
-        skipped=loaded.skipped,
-    )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OpenedForExport:
-    """source: the tensors to be written. logits: `probe_logits` of the model they were merged from, None where nothing
-    was. notes: what to tell."""
-
-    source: ModelTensors
-    logits: Tensor | None
-    notes: Sequence[str]
-
-
-def open_for_export(
-    path: str | Path, *, adapter: Path | None = None, alpha: float | None = None, start: Path | None = None
-) -> OpenedForExport:
-    """A model, a model with an adapter from elsewhere, or a run folder with its newest checkpoint merged into its base.
-
-    Args: alpha, start: see `read_adapter`.
-    """
-    path = Path(path)
-    if not (path / RECIPE_FILE).is_file():
-        source = open_model(path, is_streamed=True)
-        if adapter is not None:
-            changes = read_adapter(adapter, alpha=alpha, start=start)
-            source = merge_adapter(source, changes, file=str(adapter))
-        return OpenedForExport(source=source, logits=None, notes=())
-    if adapter is not None:
-        raise CheckpointError(f"{path}: is a run, which has an adapter of its own; expected a model with --adapter.")
-    trained = open_trained(path)
-    notes = [f"Skipped a damaged checkpoint: {reason}" for reason in trained.skipped]
-    notes.append(f"{path}: the model of step {trained.step:,}.")
-    source = tensors_of(trained.model, tokenizer=trained.tokenizer, origin=str(path))
-    return OpenedForExport(source=source, logits=None, notes=notes)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Parts:
     engine: FabricEngine
@@ -238,6 +156,7 @@ class _Parts:
     data: RunData
     backend: str
     num_base_parameters: int
+    base_in_words: str
     boundaries: BoundaryPlan
 
 
@@ -264,6 +183,7 @@ def _open_parts(recipe: Recipe, say: Say) -> _Parts:
     num_base_parameters = sum(parameter.numel() for parameter in model_file.model.parameters())
     # New adapter weights are drawn from the global generator.
     torch.manual_seed(recipe.run.seed)
+    base_in_words = _quantize(recipe, model_file.model, engine.device)
     start = read_start(recipe.adapter, Path(recipe.run.folder), base_fingerprint=model_file.fingerprint)
     frozen_dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
     adapter = attach_adapter(recipe.adapter, model_file.model, start=start, frozen_dtype=frozen_dtype)
@@ -275,6 +195,7 @@ def _open_parts(recipe: Recipe, say: Say) -> _Parts:
         data=data,
         backend=str(backend),
         num_base_parameters=num_base_parameters,
+        base_in_words=base_in_words,
         boundaries=_boundaries(recipe, model_file.model, data, engine.device),
     )
 
@@ -299,6 +220,17 @@ def _filled_in(recipe: Recipe, begun: Recipe) -> Recipe:
         open_keys = {key: getattr(then, key) for key in keys if getattr(now, key) == "auto"}
         sections[name] = now.model_copy(update=open_keys)
     return recipe.model_copy(update=sections)
+
+
+def _quantize(recipe: Recipe, model: Finch, device: torch.device) -> str:
+    """Store the base as the recipe says, and say how; "" for floats."""
+    kind = recipe.model.quantize
+    if kind == "none":
+        return ""
+    error = quantize_(model, kind, device=device)
+    return (
+        f"{kind} in the matrices of the blocks, relative error {error:.2g} at most; {stored_bytes(model) / 1e6:,.0f} MB"
+    )
 
 
 def _set_up(recipe: Recipe, parts: _Parts) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -423,6 +355,7 @@ def _headline(recipe: Recipe, parts: _Parts) -> list[str]:
     return [
         f"model      {name}, {config.n_layer} layers × {config.n_embd} channels, "
         f"{parts.num_base_parameters:,} parameters",
+        *([f"stored     {parts.base_in_words}"] if parts.base_in_words else []),
         f"trained    {trained:,} parameters ({recipe.adapter.in_words()})",
         f"data       {documents}, {train_tokens:,} tokens ({data.tokenizer}); held out {held_out:,} tokens{rejected}",
         f"gradient   {window_in_words(recipe)}",
@@ -512,11 +445,3 @@ def _result(folder: Path) -> dict[str, Any] | None:
         result = None
     # Missing or damaged: the run goes on from its last checkpoint and writes it again.
     return result if isinstance(result, dict) and result.keys() == set(RESULT_KEYS) else None
-
-
-def _check_base(recipe: Recipe, opened: ModelFile, state: RunState, *, folder: Path) -> None:
-    if state.facts.get("base_fingerprint") != opened.fingerprint:
-        raise CheckpointError(
-            f"{folder}: model.path {recipe.model.path} is not the model this run began with: its weights differ. "
-            "Put the original file back."
-        )

@@ -36,7 +36,7 @@ from infctx.cli_surgery import model_app
 from infctx.errors import CheckpointError, InfctxError, MachineError, machine_fault
 
 if TYPE_CHECKING:
-    from infctx.assemble import TrainedModel
+    from infctx.trained import TrainedModel
     from infctx.training.gradient_check import GradientCheck
 
 app = typer.Typer(
@@ -379,20 +379,12 @@ def _flush_or_forget() -> None:
 
 
 def _open(source: Path) -> TrainedModel:
-    from infctx.assemble import open_trained
+    from infctx.trained import open_trained
 
     trained = open_trained(source)
-    for reason in trained.skipped:
-        say(f"Skipped a damaged checkpoint: {reason}")
-    if trained.step is not None:
-        say(f"{source}: the model of step {trained.step:,}.")
+    for note in trained.notes:
+        say(note)
     return trained
-
-
-def _open_with_adapter(source: Path, adapter: Path, *, alpha: float | None, start: Path | None) -> TrainedModel:
-    from infctx.assemble import open_with_adapter
-
-    return open_with_adapter(source, adapter, alpha=alpha, start=start)
 
 
 def _load_recipe(path: Path, overrides: list[str] | None) -> Any:

@@ -12,6 +12,8 @@ from infctx.cli_output import AsJson, answer, say
 from infctx.errors import InfctxError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from infctx.export.options import ExportOptions
     from infctx.export.proved import Exported
     from infctx.model.tensors import ModelTensors
@@ -47,6 +49,16 @@ def export(
     ] = None,
     alpha: Alpha = None,
     start: Start = None,
+    onto: Annotated[
+        str | None,
+        typer.Option(
+            help="After training on a quantised base: trained adds the adapter to the base it was trained on "
+            "(the default), original to the weights of the file."
+        ),
+    ] = None,
+    last_weights: Annotated[
+        bool, typer.Option("--last-weights", help="Of a run that averages its weights, take the last ones instead.")
+    ] = False,
     shard_size: ShardSize = 5.0,
     code: Code = None,
     force: Force = False,
@@ -57,18 +69,25 @@ def export(
     The formats: pth and safetensors under the official names (safetensors without a suffix becomes a folder of shards),
     hf as the RWKV models on the Hugging Face hub, fla for flash-linear-attention, gguf for llama.cpp.
     """
-    from infctx.assemble import open_for_export
     from infctx.export.catalog import check_output, format_of
+    from infctx.trained import open_for_export
 
     options = _options(dtype, shard_size, code)
     chosen = format_of(output, format)
     check_output(output, format=chosen, force=force)
     if adapter is None and (alpha is not None or start is not None):
         raise InfctxError("--alpha and --init tell of an --adapter; there is none.")
-    opened = open_for_export(source, adapter=adapter, alpha=alpha, start=start)
+    if onto not in (None, "trained", "original"):
+        raise InfctxError(f"--onto {onto}: expected trained or original.")
+    opened = open_for_export(source, adapter=adapter, alpha=alpha, start=start, last_weights=last_weights, onto=onto)
     for line in opened.notes:
         say(line)
-    _write(opened.source, output, chosen, options, force=force, dtype=dtype, as_json=as_json, expected=opened.logits)
+    facts: dict[str, object] = {"averaged_weights": opened.is_averaged}
+    if opened.difference is not None:
+        facts["onto"] = opened.onto
+        facts["merge_weight_difference"], facts["merge_logit_difference"] = opened.difference
+    written = _write(opened.source, output, chosen, options, force=force, dtype=dtype, expected=opened.logits)
+    answer(written | facts, as_json)
 
 
 def convert(
@@ -89,7 +108,7 @@ def convert(
     chosen = format_of(output, format)
     check_output(output, format=chosen, force=force)
     opened = open_model(source, is_streamed=True)
-    _write(opened, output, chosen, options, force=force, dtype=dtype, as_json=as_json)
+    answer(_write(opened, output, chosen, options, force=force, dtype=dtype), as_json)
 
 
 def _options(dtype: str, shard_size: float, code: Path | None) -> ExportOptions:
@@ -108,9 +127,9 @@ def _write(
     *,
     force: bool,
     dtype: str,
-    as_json: bool,
-    expected: object = None,
-) -> None:
+    expected: Tensor | None = None,
+) -> dict[str, object]:
+    """Write, prove and tell; returns what a program is told."""
     from infctx.export.proved import export_model
 
     def write(watched: ModelTensors) -> Exported:
@@ -127,7 +146,7 @@ def _write(
     facts = {"path": str(output), "format": format, "max_logit_difference": written.max_logit_difference}
     writing, proving = written.seconds
     seconds = {"writing": round(writing, 2), "proving": round(proving, 2)}
-    answer({**facts, "bytes": written.num_bytes, "seconds": seconds, "notes": list(written.notes)}, as_json)
+    return {**facts, "bytes": written.num_bytes, "seconds": seconds, "notes": list(written.notes)}
 
 
 def with_bar(source: ModelTensors, write: Callable[[ModelTensors], Exported]) -> Exported:

@@ -21,6 +21,8 @@ from infctx.recipe.fields import (
     tuple_from_list,
 )
 
+# Adapters that compute with a base matrix only as a function, and never read or change its values.
+_ON_A_QUANTIZED_BASE = ("lora", "rslora", "state")
 _DECAYING = ("cosine", "linear", "exponential")
 
 
@@ -28,6 +30,12 @@ class ModelSection(Section):
     """The model to start from."""
 
     path: Text = Field(description="Model file: an official .pth, or .safetensors as this project writes it.")
+    quantize: Literal["none", "int8", "nf4", "bnb-int8"] = Field(
+        default="none",
+        description="How the frozen matrices of the blocks are stored under an adapter: none: as floats; int8: 8.5 "
+        "bits a weight; nf4: 4.5 bits, through bitsandbytes; bnb-int8: 8 bits, with inputs rounded to 8 bits, too, "
+        "through bitsandbytes. Embedding and head stay as they are.",
+    )
 
 
 class BpttSection(Section):
@@ -158,6 +166,15 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         problems = []
+        if self.model.quantize != "none" and self.adapter.kind not in _ON_A_QUANTIZED_BASE:
+            problems.append(
+                (
+                    "model.quantize",
+                    f"{self.model.quantize} stores frozen matrices as codes, and adapter.kind {self.adapter.kind} "
+                    "trains them or computes with their values; set adapter.kind: "
+                    f"{' or '.join(_ON_A_QUANTIZED_BASE)}, or model.quantize: none",
+                )
+            )
         if self.data.mode == "stream" and self.bptt.window == "document":
             problems.append(
                 (
