@@ -24,19 +24,23 @@ from infctx.errors import CheckpointError, MachineError, RecipeError, machine_fa
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.recipe.load import load_recipe, recipe_differences, write_recipe
+from infctx.recipe.optimizer_section import DECAY_FRACTION
 from infctx.recipe.schema import Recipe
 from infctx.run_data import RunData, Say, data_from_anywhere, open_data, step_source
 from infctx.training.activation_memory import should_recompute
+from infctx.training.averaged_weights import AveragedWeights
 from infctx.training.boundary_store import BoundaryPlan, choose_store, free_bytes, free_host_bytes, state_bytes
 from infctx.training.bptt import ChunkObjective
 from infctx.training.fabric_run import FabricEngine
 from infctx.training.gradient_check import GradientCheck, check_gradient
 from infctx.training.host_memory import HeapTrimmer
 from infctx.training.loop import train
+from infctx.training.loss import LossTerms
 from infctx.training.metrics import MetricsLog
-from infctx.training.optim import LearningRate, make_adamw, parameter_groups
+from infctx.training.optim import LearningRate, make_optimizer, moment_bytes, parameter_groups
 from infctx.training.precision import apply_precision_
 from infctx.training.progress import LoggedProgress, Progress
+from infctx.training.resume import AVERAGED
 from infctx.training.run import LoopSettings, Run
 from infctx_kernels import BackendError, choose_backend
 
@@ -55,6 +59,9 @@ FREE_KEYS = (
     "run.checkpoint_minutes",
     "run.keep_checkpoints",
 )
+AVERAGED_ADAPTER_NOTE = """
+Its weights are their moving average over the run (`optimizer.ema_decay`), not those of the last step.
+"""
 RESULT_KEYS = ("steps", "train_loss", "val_loss", "first_val_loss", "tokens", "folder")
 
 
@@ -63,13 +70,14 @@ class TrainedModel:
     """A model ready for use.
 
     tokenizer: its name, or None where nothing says it. step: of the checkpoint, if any. skipped: a sentence for each
-    newer checkpoint that is damaged.
+    newer checkpoint that is damaged. is_averaged: its trained weights are their moving average over the run.
     """
 
     model: Finch
     tokenizer: str | None
     step: int | None
     skipped: Sequence[str] = ()
+    is_averaged: bool = False
 
 
 def run_recipe(recipe: Recipe, progress: Progress, *, fresh: bool = False) -> dict[str, Any]:
@@ -163,8 +171,12 @@ def check_recipe(
     return lines, measured
 
 
-def open_trained(path: str | Path) -> TrainedModel:
-    """A model file, or a run folder with its newest checkpoint merged into its base model; float32, on the CPU."""
+def open_trained(path: str | Path, *, last_weights: bool = False) -> TrainedModel:
+    """A model file, or a run folder with its newest checkpoint merged into its base model; float32, on the CPU.
+
+    Args:
+        last_weights: of a run that averages its weights (optimizer.ema_decay) take those of the last step all the same.
+    """
     path = Path(path)
     if not (path / RECIPE_FILE).is_file():
         opened = read_model_file(path)
@@ -177,8 +189,9 @@ def open_trained(path: str | Path) -> TrainedModel:
     _check_base(recipe, opened, loaded.state, folder=path)
     adapter = _attach(recipe, opened.model)
     parameters = dict(opened.model.named_parameters())
+    is_averaged = AVERAGED in loaded.state.tensors and not last_weights
     with torch.no_grad():
-        for name, tensor in loaded.state.tensors["trainable"].items():
+        for name, tensor in loaded.state.tensors[AVERAGED if is_averaged else "trainable"].items():
             parameters[name].copy_(tensor)
     adapter.merge_()
     tokenizer = loaded.state.facts.get("tokenizer")
@@ -187,6 +200,7 @@ def open_trained(path: str | Path) -> TrainedModel:
         tokenizer=tokenizer if isinstance(tokenizer, str) else None,
         step=loaded.state.step,
         skipped=loaded.skipped,
+        is_averaged=is_averaged,
     )
 
 
@@ -196,6 +210,7 @@ class _Parts:
     model_file: ModelFile
     adapter: Adapter
     data: RunData
+    optimizer: torch.optim.Optimizer
     backend: str
     num_base_parameters: int
     boundaries: BoundaryPlan
@@ -231,6 +246,7 @@ def _open_parts(recipe: Recipe, say: Say) -> _Parts:
         model_file=model_file,
         adapter=adapter,
         data=data,
+        optimizer=_optimizer(recipe, model_file.model, engine.device),
         backend=str(backend),
         num_base_parameters=num_base_parameters,
         boundaries=_boundaries(recipe, model_file.model, data, engine.device),
@@ -275,19 +291,30 @@ def _attach(recipe: Recipe, model: Finch) -> Adapter:
 
 def _set_up(recipe: Recipe, parts: _Parts) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The objective and the optimizer as the engine wraps them."""
-    model, optimizer_section = parts.model_file.model, recipe.optimizer
+    model, section = parts.model_file.model, recipe.optimizer
+    model.add_embedding_noise(section.embedding_noise, chunk_tokens=recipe.bptt.chunk_tokens)
+    terms = LossTerms(l2_wrap=section.l2_wrap, z_loss=section.z_loss, min_token_loss=section.min_token_loss)
+    return parts.engine.setup(ChunkObjective(model, terms=terms), parts.optimizer)
+
+
+def _optimizer(recipe: Recipe, model: Finch, device: torch.device) -> torch.optim.Optimizer:
+    section = recipe.optimizer
     groups = parameter_groups(
         model.named_parameters(),
-        weight_decay=optimizer_section.weight_decay,
-        decay_lr_multiplier=optimizer_section.decay_lr_multiplier,
+        weight_decay=section.weight_decay,
+        decay_lr_multiplier=section.decay_lr_multiplier,
+        lr_multipliers=section.lr_multipliers,
+        state_lr_multiplier=None if section.state_lr is None else section.state_lr / section.lr,
     )
-    optimizer = make_adamw(groups, lr=optimizer_section.lr, betas=optimizer_section.betas, eps=optimizer_section.eps)
-    return parts.engine.setup(ChunkObjective(model, l2_wrap=optimizer_section.l2_wrap), optimizer)
+    return make_optimizer(groups, name=section.name, lr=section.lr, betas=section.betas, eps=section.eps, device=device)
 
 
 def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
     model, optimizer_section = parts.model_file.model, recipe.optimizer
     objective, optimizer = _set_up(recipe, parts)
+    # Once the weights are on their device, and before the memory that is left there is asked for.
+    decay = optimizer_section.ema_decay
+    averaged = None if decay is None else AveragedWeights(model, decay=decay)
     is_recomputed = _choose_activations(recipe, parts, objective)
     source = step_source(recipe, parts.data)
     folder = Path(recipe.run.folder)
@@ -308,6 +335,7 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
             schedule=optimizer_section.schedule,
             warmup_steps=optimizer_section.warmup_steps,
             total_steps=source.total_steps,
+            decay_fraction=optimizer_section.decay_fraction or DECAY_FRACTION,
         ),
         settings=LoopSettings(
             window=recipe.bptt.window,
@@ -320,6 +348,7 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
             keep_checkpoints=recipe.run.keep_checkpoints,
             max_nonfinite_steps=recipe.run.max_nonfinite_steps,
             boundaries=parts.boundaries,
+            moment_bytes=moment_bytes(optimizer_section.name, parts.engine.device),
         ),
         metrics=MetricsLog(folder / "metrics.jsonl"),
         progress=progress,
@@ -330,8 +359,9 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
             "infctx": infctx.__version__,
             "torch": torch.__version__,
         },
-        save_adapter=_adapter_writer(parts.adapter, folder / "adapter"),
+        save_adapter=_adapter_writer(parts.adapter, folder / "adapter", averaged),
         trimmer=HeapTrimmer(parts.engine.device),
+        averaged=averaged,
     )
 
 
@@ -366,7 +396,11 @@ def _choose_activations(recipe: Recipe, parts: _Parts, objective: nn.Module) -> 
         chunk = recipe.bptt.chunk_tokens if recipe.data.mode == "stream" else min(recipe.bptt.chunk_tokens, longest)
         model.train()
         is_recomputed = should_recompute(
-            objective, model, tokens_at_once=recipe.run.rows * chunk, device=parts.engine.device
+            objective,
+            model,
+            tokens_at_once=recipe.run.rows * chunk,
+            device=parts.engine.device,
+            moment_bytes=moment_bytes(recipe.optimizer.name, parts.engine.device),
         )
     else:
         is_recomputed = wanted == "recompute"
@@ -381,12 +415,21 @@ def _memory_in_words(parts: _Parts, *, is_recomputed: bool) -> str:
     return f"memory     activations of a chunk {activations}; boundary states {places[parts.boundaries.where]}{thinned}"
 
 
-def _adapter_writer(adapter: Adapter, folder: Path) -> Callable[[], None]:
-    """Writes the adapter folder anew; a full fine-tune has none."""
+def _adapter_writer(adapter: Adapter, folder: Path, averaged: AveragedWeights | None) -> Callable[[], None]:
+    """Writes the adapter folder anew, of the averages if there are any; a full fine-tune has none."""
+
+    def save(unfinished: Path) -> None:
+        if averaged is None:
+            adapter.save(unfinished)
+            return
+        with averaged.in_place():
+            adapter.save(unfinished)
+        with (unfinished / "README.md").open("a", encoding="utf-8") as readme:
+            readme.write(AVERAGED_ADAPTER_NOTE)
 
     def write() -> None:
         if adapter.has_files:
-            replace_directory(folder, adapter.save, overwrite=True)
+            replace_directory(folder, save, overwrite=True)
 
     return write
 

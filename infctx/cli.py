@@ -163,6 +163,9 @@ def export(
     format: Annotated[str, typer.Option(help="pth or safetensors.")] = "pth",
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "bf16",
     force: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
+    last_weights: Annotated[
+        bool, typer.Option("--last-weights", help="Of a run that averages its weights, take the last ones instead.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge the adapter, write the model, read it back and compare."""
@@ -175,7 +178,7 @@ def export(
     if dtype not in dtypes:
         raise InfctxError(f"--dtype {dtype}: expected one of {', '.join(dtypes)}.")
     check_output(output, format=format, force=force)
-    trained = _open(source)
+    trained = _open(source, last_weights=last_weights)
     # Written and proved under another name: an output that is being replaced stays until then.
     unproved = output.with_name(f".{output.name}.unproved-{os.getpid()}")
     try:
@@ -189,7 +192,15 @@ def export(
         unproved.unlink(missing_ok=True)
     _say(f"Wrote {output} ({format}, {dtype}, {output.stat().st_size:,} bytes).")
     _say(f"Read back: largest logit difference {difference:.2e} against the float32 source.")
-    _answer({"path": str(output), "format": format, "max_logit_difference": difference}, as_json)
+    _answer(
+        {
+            "path": str(output),
+            "format": format,
+            "max_logit_difference": difference,
+            "averaged_weights": trained.is_averaged,
+        },
+        as_json,
+    )
 
 
 @app.command(epilog='Example: infctx generate runs/quickstart --prompt "The for statement" --max-tokens 100')
@@ -400,10 +411,19 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 @app.command("recipe-schema", epilog="Example: infctx recipe-schema > recipe.schema.json")
-def recipe_schema(as_json: AsJson = False) -> None:
+def recipe_schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a page of tables for people instead.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Print the JSON schema of a recipe, for editors."""
     from infctx.recipe.load import recipe_json_schema
+    from infctx.recipe.reference import recipe_reference
 
+    if markdown and as_json:
+        raise InfctxError("--markdown and --json exclude each other: the page is no JSON. Give one of them.")
+    if markdown:
+        print(recipe_reference(), end="")
+        return
     print(json.dumps(recipe_json_schema(), indent=None if as_json else 2))
 
 
@@ -478,14 +498,15 @@ def _flush_or_forget() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _open(source: Path) -> TrainedModel:
+def _open(source: Path, *, last_weights: bool = False) -> TrainedModel:
     from infctx.assemble import open_trained
 
-    trained = open_trained(source)
+    trained = open_trained(source, last_weights=last_weights)
     for reason in trained.skipped:
         _say(f"Skipped a damaged checkpoint: {reason}")
     if trained.step is not None:
-        _say(f"{source}: the model of step {trained.step:,}.")
+        averaged = ", with the average of its trained weights (optimizer.ema_decay)" if trained.is_averaged else ""
+        _say(f"{source}: the model of step {trained.step:,}{averaged}.")
     return trained
 
 

@@ -12,7 +12,7 @@ from infctx.model.init import initialise_, new_config
 from infctx.model.linear import Linear
 from infctx.training import loss as module
 from infctx.training.bptt import ChunkObjective
-from infctx.training.loss import is_plain_matrix, weighted_loss_sum
+from infctx.training.loss import LossTerms, is_plain_matrix, weighted_loss_sum
 
 IDS, CHANNELS = 50, 24
 
@@ -58,7 +58,7 @@ def test_loss_and_gradients(is_plain: bool, l2_wrap: float, pieces: bool, monkey
     else:
         head = Doubled(weight)
     hidden.requires_grad_()
-    loss = weighted_loss_sum(hidden, head, targets, loss_weight, vocab_size=IDS, l2_wrap=l2_wrap)
+    loss = weighted_loss_sum(hidden, head, targets, loss_weight, vocab_size=IDS, terms=LossTerms(l2_wrap=l2_wrap))
     found = torch.autograd.grad(loss, [hidden, head.weight])
     weight.requires_grad_()
     expected = expected_terms(hidden, weight, targets, loss_weight, l2_wrap).sum()
@@ -67,7 +67,7 @@ def test_loss_and_gradients(is_plain: bool, l2_wrap: float, pieces: bool, monkey
     torch.testing.assert_close(found[0], of_hidden, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(found[1], of_weight * (1 if is_plain else 2), rtol=1e-11, atol=1e-13)
 
-    fixed = {"vocab_size": IDS, "l2_wrap": l2_wrap, "with_token_losses": True}
+    fixed = {"vocab_size": IDS, "terms": LossTerms(l2_wrap=l2_wrap), "with_token_losses": True}
     again, terms = weighted_loss_sum(hidden, head, targets, loss_weight, **fixed)
     assert torch.equal(again, loss)
     assert all(
@@ -96,7 +96,7 @@ def test_the_penalty_is_trained_and_not_validated() -> None:
     weights = torch.ones(1, 11, dtype=torch.float64)
     cross_entropy = F.cross_entropy(logits[0], tokens[0, 1:], reduction="sum")
     penalty = logits.amax(-1).square().sum() / 2
-    objective = ChunkObjective(model, l2_wrap=0.25)
+    objective = ChunkObjective(model, terms=LossTerms(l2_wrap=0.25))
     state = model.fresh_state(1)
     losses = {}
     for is_training in (True, False):
