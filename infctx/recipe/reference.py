@@ -14,7 +14,7 @@ from infctx.recipe.schema import Recipe
 
 _INTRODUCTION = """# The keys of a recipe
 
-Written by `infctx recipe-schema --markdown`; for editors, `infctx recipe-schema` gives the same as JSON schema. A recipe
+Written by `infctx recipe-schema --markdown`; without that option, the command gives a JSON schema for editors. A recipe
 is a YAML file of these sections, and keys can be set behind a command, as `optimizer.lr=1e-5`. A key without a default
 has to be given. A key that is unknown, or that would have no effect beside the others, is an error.
 """
