@@ -96,8 +96,17 @@ def test_offloaded_goes_on_from_the_weights_that_are_there() -> None:
     with torch.no_grad():
         for weight, other in zip(found, make_weights(1), strict=True):
             weight.copy_(other)
+    straight = make("adamw", expected)
     take_steps(optimizer, found, range(3))
-    take_steps(make("adamw", expected), expected, range(3))
+    take_steps(straight, expected, range(3))
+    assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+    # And into one that has stepped already.
+    with torch.no_grad():
+        for weight in (*expected, *found):
+            weight.mul_(0.5)
+    optimizer.load_state_dict(optimizer.state_dict())
+    take_steps(optimizer, found, range(3, 5))
+    take_steps(straight, expected, range(3, 5))
     assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
 
 
