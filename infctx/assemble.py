@@ -23,18 +23,21 @@ from infctx.errors import MachineError, RecipeError, machine_fault
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.recipe.load import RECIPE_FILE, load_recipe, recipe_differences, write_recipe
+from infctx.recipe.optimizer_section import DECAY_FRACTION
 from infctx.recipe.schema import Recipe
 from infctx.run_adapter import adapter_writer, attach_adapter, keep_start, read_start, start_digest, start_of
 from infctx.run_data import RunData, Say, data_from_anywhere, open_data, step_source
 from infctx.training.activation_memory import should_recompute
+from infctx.training.averaged_weights import AveragedWeights
 from infctx.training.boundary_store import BoundaryPlan, choose_store, free_bytes, free_host_bytes, state_bytes
 from infctx.training.bptt import ChunkObjective
 from infctx.training.fabric_run import FabricEngine
 from infctx.training.gradient_check import GradientCheck, check_gradient
 from infctx.training.host_memory import HeapTrimmer
 from infctx.training.loop import train
+from infctx.training.loss import LossTerms
 from infctx.training.metrics import MetricsLog
-from infctx.training.optim import LearningRate, make_adamw, parameter_groups
+from infctx.training.optim import LearningRate, make_optimizer, moment_bytes, parameter_groups
 from infctx.training.precision import apply_precision_
 from infctx.training.progress import LoggedProgress, Progress
 from infctx.training.run import LoopSettings, Run
@@ -54,6 +57,7 @@ FREE_KEYS = (
     "run.checkpoint_minutes",
     "run.keep_checkpoints",
 )
+RESULT_KEYS = ("steps", "train_loss", "val_loss", "first_val_loss", "tokens", "folder")
 
 
 def run_recipe(recipe: Recipe, progress: Progress, *, fresh: bool = False) -> dict[str, Any]:
@@ -154,6 +158,7 @@ class _Parts:
     model_file: ModelFile
     adapter: Adapter
     data: RunData
+    optimizer: torch.optim.Optimizer
     backend: str
     num_base_parameters: int
     base_in_words: str
@@ -193,6 +198,7 @@ def _open_parts(recipe: Recipe, say: Say) -> _Parts:
         model_file=model_file,
         adapter=adapter,
         data=data,
+        optimizer=_optimizer(recipe, model_file.model, engine.device),
         backend=str(backend),
         num_base_parameters=num_base_parameters,
         base_in_words=base_in_words,
@@ -235,19 +241,30 @@ def _quantize(recipe: Recipe, model: Finch, device: torch.device) -> str:
 
 def _set_up(recipe: Recipe, parts: _Parts) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The objective and the optimizer as the engine wraps them."""
-    model, optimizer_section = parts.model_file.model, recipe.optimizer
+    model, section = parts.model_file.model, recipe.optimizer
+    model.add_embedding_noise(section.embedding_noise, chunk_tokens=recipe.bptt.chunk_tokens)
+    terms = LossTerms(l2_wrap=section.l2_wrap, z_loss=section.z_loss, min_token_loss=section.min_token_loss)
+    return parts.engine.setup(ChunkObjective(model, terms=terms), parts.optimizer)
+
+
+def _optimizer(recipe: Recipe, model: Finch, device: torch.device) -> torch.optim.Optimizer:
+    section = recipe.optimizer
     groups = parameter_groups(
         model.named_parameters(),
-        weight_decay=optimizer_section.weight_decay,
-        decay_lr_multiplier=optimizer_section.decay_lr_multiplier,
+        weight_decay=section.weight_decay,
+        decay_lr_multiplier=section.decay_lr_multiplier,
+        lr_multipliers=section.lr_multipliers,
+        state_lr_multiplier=None if section.state_lr is None else section.state_lr / section.lr,
     )
-    optimizer = make_adamw(groups, lr=optimizer_section.lr, betas=optimizer_section.betas, eps=optimizer_section.eps)
-    return parts.engine.setup(ChunkObjective(model, l2_wrap=optimizer_section.l2_wrap), optimizer)
+    return make_optimizer(groups, name=section.name, lr=section.lr, betas=section.betas, eps=section.eps, device=device)
 
 
 def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
     model, optimizer_section = parts.model_file.model, recipe.optimizer
     objective, optimizer = _set_up(recipe, parts)
+    # Once the weights are on their device, and before the memory that is left there is asked for.
+    decay = optimizer_section.ema_decay
+    averaged = None if decay is None else AveragedWeights(model, decay=decay)
     is_recomputed = _choose_activations(recipe, parts, objective)
     source = step_source(recipe, parts.data)
     folder = Path(recipe.run.folder)
@@ -268,6 +285,7 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
             schedule=optimizer_section.schedule,
             warmup_steps=optimizer_section.warmup_steps,
             total_steps=source.total_steps,
+            decay_fraction=optimizer_section.decay_fraction or DECAY_FRACTION,
         ),
         settings=LoopSettings(
             window=recipe.bptt.window,
@@ -280,6 +298,7 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
             keep_checkpoints=recipe.run.keep_checkpoints,
             max_nonfinite_steps=recipe.run.max_nonfinite_steps,
             boundaries=parts.boundaries,
+            moment_bytes=moment_bytes(optimizer_section.name, parts.engine.device),
         ),
         metrics=MetricsLog(folder / "metrics.jsonl"),
         progress=progress,
@@ -291,8 +310,14 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
             "infctx": infctx.__version__,
             "torch": torch.__version__,
         },
-        save_adapter=adapter_writer(parts.adapter, folder / "adapter", base_fingerprint=parts.model_file.fingerprint),
+        save_adapter=adapter_writer(
+            parts.adapter,
+            folder / "adapter",
+            base_fingerprint=parts.model_file.fingerprint,
+            averaged=averaged,
+        ),
         trimmer=HeapTrimmer(parts.engine.device),
+        averaged=averaged,
     )
 
 
@@ -327,7 +352,11 @@ def _choose_activations(recipe: Recipe, parts: _Parts, objective: nn.Module) -> 
         chunk = recipe.bptt.chunk_tokens if recipe.data.mode == "stream" else min(recipe.bptt.chunk_tokens, longest)
         model.train()
         is_recomputed = should_recompute(
-            objective, model, tokens_at_once=recipe.run.rows * chunk, device=parts.engine.device
+            objective,
+            model,
+            tokens_at_once=recipe.run.rows * chunk,
+            device=parts.engine.device,
+            moment_bytes=moment_bytes(recipe.optimizer.name, parts.engine.device),
         )
     else:
         is_recomputed = wanted == "recompute"

@@ -305,10 +305,19 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 @app.command("recipe-schema", epilog="Example: infctx recipe-schema > recipe.schema.json")
-def recipe_schema(as_json: AsJson = False) -> None:
+def recipe_schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a page of tables for people instead.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Print the JSON schema of a recipe, for editors."""
     from infctx.recipe.load import recipe_json_schema
+    from infctx.recipe.reference import recipe_reference
 
+    if markdown and as_json:
+        raise InfctxError("--markdown and --json exclude each other: the page is no JSON. Give one of them.")
+    if markdown:
+        print(recipe_reference(), end="")
+        return
     print(json.dumps(recipe_json_schema(), indent=None if as_json else 2))
 
 
