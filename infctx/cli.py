@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from infctx.cli_adapter import adapter_app
 from infctx.cli_export import convert, export
 from infctx.cli_output import (
     EXIT_BUG,
@@ -47,6 +48,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(model_app, name="model")
+app.add_typer(adapter_app, name="adapter")
 bench_app = typer.Typer(
     help="Measure against others, each result proved right first.",
     epilog="Example: infctx bench kernels --quick",
@@ -385,6 +387,12 @@ def _open(source: Path) -> TrainedModel:
     if trained.step is not None:
         say(f"{source}: the model of step {trained.step:,}.")
     return trained
+
+
+def _open_with_adapter(source: Path, adapter: Path, *, alpha: float | None, start: Path | None) -> TrainedModel:
+    from infctx.assemble import open_with_adapter
+
+    return open_with_adapter(source, adapter, alpha=alpha, start=start)
 
 
 def _load_recipe(path: Path, overrides: list[str] | None) -> Any:

@@ -25,12 +25,14 @@ Format = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="fp32, fp16, bf16, q8_0 (gguf only), or keep: as it is stored.")]
 ShardSize = Annotated[
-    float, typer.Option(min=0.0001, help="Most of one file of a folder of safetensors, in GB (10^9 bytes).")
+    float, typer.Option(min=0.000001, help="Most of one file of a folder of safetensors, in GB (10^9 bytes).")
 ]
 Code = Annotated[
     Path | None,
     typer.Option(help="hf: a folder with modeling_rwkv6.py and configuration_rwkv6.py, to be carried along."),
 ]
+Alpha = Annotated[float | None, typer.Option(help="alpha of a LoRA; RWKV-PEFT's files do not hold it.")]
+Start = Annotated[Path | None, typer.Option("--init", help="The second file of a PiSSA, init_pissa.pth.")]
 Force = Annotated[bool, typer.Option(help="Replace an output that exists.")]
 
 
@@ -39,6 +41,12 @@ def export(
     output: Annotated[Path, typer.Option(help="The file or folder to write.")],
     format: Format = None,
     dtype: Dtype = "bf16",
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Merge this onto a model: a .pth of RWKV-PEFT, a folder in peft's layout, or a run."),
+    ] = None,
+    alpha: Alpha = None,
+    start: Start = None,
     shard_size: ShardSize = 5.0,
     code: Code = None,
     force: Force = False,
@@ -55,7 +63,9 @@ def export(
     options = _options(dtype, shard_size, code)
     chosen = format_of(output, format)
     check_output(output, format=chosen, force=force)
-    opened = open_for_export(source)
+    if adapter is None and (alpha is not None or start is not None):
+        raise InfctxError("--alpha and --init tell of an --adapter; there is none.")
+    opened = open_for_export(source, adapter=adapter, alpha=alpha, start=start)
     for line in opened.notes:
         say(line)
     _write(opened.source, output, chosen, options, force=force, dtype=dtype, as_json=as_json, expected=opened.logits)
@@ -115,7 +125,9 @@ def _write(
         f"(the logits' standard deviation is {written.logit_std:.2g})."
     )
     facts = {"path": str(output), "format": format, "max_logit_difference": written.max_logit_difference}
-    answer({**facts, "bytes": written.num_bytes, "notes": list(written.notes)}, as_json)
+    writing, proving = written.seconds
+    seconds = {"writing": round(writing, 2), "proving": round(proving, 2)}
+    answer({**facts, "bytes": written.num_bytes, "seconds": seconds, "notes": list(written.notes)}, as_json)
 
 
 def with_bar(source: ModelTensors, write: Callable[[ModelTensors], Exported]) -> Exported:

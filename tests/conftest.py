@@ -20,6 +20,10 @@ from infctx.model.finch import Finch
 from infctx.model.init import initialise_, new_config
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--llama-python", help="a Python that has llama-cpp-python: its llama.cpp reads our GGUF files")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
@@ -44,6 +48,7 @@ def random_finch(
     lerp_rank: int = 4,
     decay_rank: int = 6,
     has_initial_state: bool = False,
+    has_initial_shifts: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Finch:
@@ -58,7 +63,7 @@ def random_finch(
         lerp_rank=lerp_rank,
         decay_rank=decay_rank,
     )
-    model = Finch(config, has_initial_state=has_initial_state)
+    model = Finch(config, has_initial_state=has_initial_state, has_initial_shifts=has_initial_shifts)
     initialise_(model, seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

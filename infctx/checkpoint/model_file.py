@@ -12,15 +12,13 @@ from torch import Tensor, nn
 
 from infctx.checkpoint.layouts.catalog import to_official
 from infctx.checkpoint.layouts.rows import check_names
-from infctx.checkpoint.weights import read_stored
+from infctx.checkpoint.weights import TOKENIZER_KEY, read_stored
 from infctx.errors import CheckpointError
 from infctx.model import finch_keys
 from infctx.model.config import FinchConfig
 from infctx.model.finch import Finch
 from infctx.model.tensors import ModelTensors, StoredTensor
 
-# Key of our safetensors metadata: which tokenizer the model's ids belong to.
-TOKENIZER_KEY = "infctx.tokenizer"
 # Enough of every tensor to tell two models apart, little enough to take no time at 14 B parameters.
 FINGERPRINT_VALUES = 64
 
@@ -66,7 +64,7 @@ def open_model(path: str | Path, *, is_streamed: bool = False) -> ModelTensors:
         CheckpointError: names the file, the tensor, what was expected and what was found.
     """
     stored, metadata = read_stored(path, is_streamed=is_streamed)
-    tensors = to_official(stored, file=str(path))
+    tensors = to_official(stored, metadata, file=str(path))
     config = finch_keys.read_config(tensors, file=str(path))
     return ModelTensors(
         config=config,
@@ -80,10 +78,10 @@ def build_model(
     source: ModelTensors, *, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
 ) -> Finch:
     """A model of these tensors, in evaluation mode; dtype None = as stored."""
-    has_state = finch_keys.has_initial_state(source.tensors)
+    starts = finch_keys.start_parameters(source.tensors)
     with torch.device("meta"):
-        model = Finch(source.config, has_initial_state=has_state)
-    for row in finch_keys.key_rows(source.config, has_initial_state=has_state):
+        model = Finch(source.config, **starts)
+    for row in finch_keys.key_rows(source.config, **starts):
         shape = model.get_parameter(row.ours).shape
         tensor = finch_keys.from_official(row, source.tensors[row.official].read(), shape, file=source.origin)
         owner, _, last = row.ours.rpartition(".")
@@ -99,12 +97,14 @@ def tensors_of(model: Finch, *, tokenizer: str | None = None, origin: str = "the
 
 
 def official_tensors(model: Finch) -> dict[str, Tensor]:
-    """The model's parameters under official names and in official shapes and order, sharing memory where possible."""
-    has_state = model.blocks[0].time_mix.initial_state is not None
-    return {
-        row.official: finch_keys.to_official(row, model.get_parameter(row.ours).detach())
-        for row in finch_keys.key_rows(model.config, has_initial_state=has_state)
-    }
+    """The model's parameters under official names and in official shapes and order, sharing memory where possible.
+
+    Vectors that stand for the token before a document's first, which only this project reads, are among them.
+    """
+    rows = finch_keys.key_rows(
+        model.config, has_initial_state=model.has_initial_state, has_initial_shifts=model.has_initial_shifts
+    )
+    return {row.official: finch_keys.to_official(row, model.get_parameter(row.ours).detach()) for row in rows}
 
 
 def fingerprint(source: ModelTensors) -> str:
@@ -123,10 +123,10 @@ def _in_official_form(
     config: FinchConfig, tensors: Mapping[str, StoredTensor], *, file: str
 ) -> dict[str, StoredTensor]:
     """Every tensor that belongs to the model and no other, in official order; squeezed ones in official shape."""
-    has_state = finch_keys.has_initial_state(tensors)
+    starts = finch_keys.start_parameters(tensors)
     with torch.device("meta"):
-        model = Finch(config, has_initial_state=has_state)
-    rows = list(finch_keys.key_rows(config, has_initial_state=has_state))
+        model = Finch(config, **starts)
+    rows = list(finch_keys.key_rows(config, **starts))
     check_names({row.official for row in rows}, set(tensors), file=file, what="this architecture")
     formed: dict[str, StoredTensor] = {}
     for row in rows:

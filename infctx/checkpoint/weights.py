@@ -1,10 +1,12 @@
-"""Model files in and out: .pth, .safetensors, and folders of .safetensors shards."""
+"""Model files in and out: .pth, .safetensors, folders of .safetensors shards, and GGUF (in)."""
 
 import json
 from pathlib import Path
 
 from torch import Tensor
 
+from infctx.checkpoint.gguf_reader import MAGIC as GGUF_MAGIC
+from infctx.checkpoint.gguf_reader import read_gguf, tokenizer_of_vocabulary
 from infctx.checkpoint.mapped_memory import streamed
 from infctx.checkpoint.pth_reader import read_pth
 from infctx.checkpoint.pth_writer import write_pth
@@ -12,6 +14,9 @@ from infctx.checkpoint.safetensors_file import read_safetensors, write_safetenso
 from infctx.checkpoint.shards import INDEX_FILE, SINGLE_FILE
 from infctx.errors import CheckpointError
 from infctx.model.tensors import StoredTensor
+
+# Key of a file's metadata: which tokenizer the model's ids belong to.
+TOKENIZER_KEY = "infctx.tokenizer"
 
 __all__ = ["read_stored", "read_tensors", "write_pth", "write_safetensors"]
 
@@ -23,28 +28,29 @@ _MAX_INDEX_BYTES = 64 << 20
 def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a model file, or a folder with model.safetensors or its shards, whatever the file is called.
 
-    Returns: tensors by name, mapped from the file (see `read_pth`); the file's metadata, {} for a .pth.
+    Returns: tensors by name, mapped from the file (see `read_pth`; quantised ones of a GGUF file in float32); the
+    file's metadata as texts, {} for a .pth.
     Raises: CheckpointError naming the file, what was expected and what was found.
     """
     path = Path(path)
     if path.is_dir():
         return _read_folder(path)
+    if _is_gguf(path):
+        stored, metadata = _read_gguf(path, is_streamed=False)
+        return {name: tensor.read() for name, tensor in stored.items()}, metadata
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     if path.suffix == ".pth":
         return read_pth(path), {}
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}. Check model.path.") from error
+    with path.open("rb") as file:
+        start = file.read(9)
     if start.startswith(b"PK\x03\x04"):
         return read_pth(path), {}
     if start[8:] == b"{":
         return read_safetensors(path)
     raise CheckpointError(
-        f"{path}: is neither a .pth nor a .safetensors file (it starts with {start!r}). Give a model with one of those "
-        f"suffixes, or a folder with {SINGLE_FILE} or {INDEX_FILE}."
+        f"{path}: is neither a .pth nor a .safetensors nor a GGUF file (it starts with {start!r}). Give a model with "
+        f"one of those suffixes, or a folder with {SINGLE_FILE} or {INDEX_FILE}."
     )
 
 
@@ -53,9 +59,31 @@ def read_stored(path: Path | str, *, is_streamed: bool = False) -> tuple[dict[st
 
     Args: is_streamed: reading one gives a copy and leaves no memory behind.
     """
+    path = Path(path)
+    if path.is_file() and _is_gguf(path):
+        return _read_gguf(path, is_streamed=is_streamed)
     tensors, metadata = read_tensors(path)
     wrap = streamed if is_streamed else StoredTensor.of
     return {name: wrap(tensor) for name, tensor in tensors.items()}, metadata
+
+
+def _is_gguf(path: Path) -> bool:
+    if path.suffix in (".gguf", ".pth", ".safetensors"):
+        return path.suffix == ".gguf"
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == GGUF_MAGIC
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}. Check model.path.") from error
+
+
+def _read_gguf(path: Path, *, is_streamed: bool) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    tensors, values = read_gguf(path, is_streamed=is_streamed)
+    metadata = {key: str(value) for key, value in values.items() if not isinstance(value, tuple)}
+    tokenizer = tokenizer_of_vocabulary(values)
+    if tokenizer is not None:
+        metadata.setdefault(TOKENIZER_KEY, tokenizer)
+    return tensors, metadata
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

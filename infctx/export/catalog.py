@@ -14,6 +14,7 @@ from infctx.checkpoint.model_file import tensors_of
 from infctx.checkpoint.shards import INDEX_FILE, SHARD_PATTERN, SINGLE_FILE
 from infctx.errors import CheckpointError
 from infctx.export.fla import prepare_fla, write_fla
+from infctx.export.gguf import prepare_gguf, write_prepared_gguf
 from infctx.export.hugging_face import prepare_hugging_face, write_hugging_face
 from infctx.export.official import (
     prepare_pth,
@@ -40,12 +41,14 @@ FORMATS = {
     "safetensors": Format(prepare_safetensors, write_official_safetensors),
     "hf": Format(prepare_hugging_face, write_hugging_face, has_folder=True),
     "fla": Format(prepare_fla, write_fla, has_folder=True),
+    "gguf": Format(prepare_gguf, write_prepared_gguf),
 }
 _SUFFIXES = {".pth": "pth", ".safetensors": "safetensors", ".gguf": "gguf"}
 # What an export leaves in a folder: nothing else is ever replaced.
 _OWN_FILES = (
     *(SINGLE_FILE, INDEX_FILE, SHARD_PATTERN),
     *("config.json", "generation_config.json", "tokenizer_config.json", "rwkv_vocab_v20230424.txt"),
+    *("added_tokens.json", "special_tokens_map.json"),
     *("configuration_rwkv*.py", "modeling_rwkv*.py", "hf_rwkv_tokenizer.py", "__pycache__"),
 )
 
@@ -87,7 +90,7 @@ def write_prepared(source: ModelTensors, path: Path, format: str, options: Expor
 
 def is_folder_output(path: Path, *, format: str) -> bool:
     """Whether the export becomes a folder: safetensors is one where the name does not end in .safetensors."""
-    return FORMATS[format].has_folder or (format == "safetensors" and (path.is_dir() or not path.suffix))
+    return FORMATS[format].has_folder or (format == "safetensors" and path.suffix != ".safetensors")
 
 
 def format_of(path: Path, format: str | None) -> str:

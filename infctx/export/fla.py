@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from infctx.checkpoint.layouts.fla import fla_rows
+from infctx.checkpoint.layouts.fla import VALUE_SCALE, VALUE_SCALE_KEY, fla_rows
 from infctx.checkpoint.layouts.rows import to_layout
 from infctx.checkpoint.model_file import TOKENIZER_KEY
 from infctx.checkpoint.shards import write_shards
@@ -14,8 +14,8 @@ from infctx.export.options import ExportOptions, in_dtype, refuse_initial_state
 from infctx.model.tensors import ModelTensors
 
 _NORM_NOTE = (
-    "flash-linear-attention gives every norm the same epsilon, 1e-5 after loading, where the group norms need 64e-5: "
-    "set it once loaded, `for layer in model.model.layers: layer.attn.g_norm.eps = 64e-5`, or its logits are off."
+    "The values are stored divided by 8: with that, the one epsilon that flash-linear-attention gives to all norms is "
+    "right for the group norms too. Leave g_norm.eps as it is loaded."
 )
 
 
@@ -31,10 +31,15 @@ def write_fla(source: ModelTensors, path: Path, options: ExportOptions) -> list[
     Returns: what a user has to know about it.
     """
     config = source.config
-    metadata = {"format": "pt"}
+    metadata = {"format": "pt", VALUE_SCALE_KEY: str(VALUE_SCALE)}
     if source.tokenizer is not None:
         metadata[TOKENIZER_KEY] = source.tokenizer
-    write_shards(path, to_layout(fla_rows(config), source.tensors), metadata, shard_bytes=options.shard_bytes)
+    write_shards(
+        path,
+        to_layout(fla_rows(config, value_scale=VALUE_SCALE), source.tensors),
+        metadata,
+        shard_bytes=options.shard_bytes,
+    )
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in source.tensors.values()}
     content = {
         "architectures": ["RWKV6ForCausalLM"],

@@ -28,6 +28,8 @@ _CODE = {
 }
 _VOCABULARY_FILE = "rwkv_vocab_v20230424.txt"
 _TOKENIZER_CODE = "hf_rwkv_tokenizer.py"
+# How that tokenizer spells id 0.
+_END_OF_TEXT = "<s>"
 
 
 def prepare_hugging_face(source: ModelTensors, options: ExportOptions) -> ModelTensors:
@@ -53,7 +55,7 @@ def write_hugging_face(source: ModelTensors, path: Path, options: ExportOptions)
     _write_json(path / "config.json", _config(source.config, where, dtypes.pop() if len(dtypes) == 1 else "float32"))
     _write_json(path / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0})
     if source.tokenizer == WorldTokenizer.name:
-        _write_tokenizer(path, where, has_code=_TOKENIZER_CODE in code_files)
+        _write_tokenizer(path, has_code=_TOKENIZER_CODE in code_files)
     else:
         named = source.tokenizer or "not recorded"
         notes.append(f"No tokenizer is written: this layout's is the World tokenizer, and this model's is {named}.")
@@ -73,6 +75,7 @@ def _config(config: FinchConfig, where: str, dtype: str) -> dict[str, object]:
         "hidden_size": config.n_embd,
         "num_hidden_layers": config.n_layer,
         "attention_hidden_size": config.dim_att,
+        # Older revisions of the code read the head size from here.
         "num_attention_heads": config.head_size,
         "head_size": config.head_size,
         "head_size_divisor": 8,
@@ -90,7 +93,7 @@ def _config(config: FinchConfig, where: str, dtype: str) -> dict[str, object]:
 def _sizes_note(config: FinchConfig) -> list[str]:
     """The published code takes some sizes from the width, whatever the configuration says."""
     usual = _usual(config)
-    names = ("dim_ffn", "lerp_rank", "decay_rank")
+    names = ("dim_att", "dim_ffn", "lerp_rank", "decay_rank")
     wrong = [name for name in names if getattr(config, name) != getattr(usual, name)]
     if not wrong:
         return []
@@ -126,17 +129,20 @@ def _code(config: FinchConfig, folder: Path | None, path: Path) -> tuple[set[str
     return found, "", []
 
 
-def _write_tokenizer(path: Path, where: str, *, has_code: bool) -> None:
+def _write_tokenizer(path: Path, *, has_code: bool) -> None:
     (path / _VOCABULARY_FILE).write_text(world_vocabulary_text(), encoding="utf-8")
-    where = "" if has_code else where
+    where = "" if has_code else f"{_CODE['6'][2]}--"
+    module = _TOKENIZER_CODE.removesuffix(".py")
     content = {
-        "auto_map": {"AutoTokenizer": [f"{where}{_TOKENIZER_CODE.removesuffix('.py')}.RWKVWorldTokenizer", None]},
+        "name_or_path": "rwkv-6-tokenizer",
+        "auto_map": {"AutoTokenizer": [f"{where}{module}.Rwkv6Tokenizer", None]},
         "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        "tokenizer_class": "RWKVWorldTokenizer",
+        "tokenizer_class": "Rwkv6Tokenizer",
         "use_fast": False,
     }
     _write_json(path / "tokenizer_config.json", content)
+    _write_json(path / "added_tokens.json", {_END_OF_TEXT: 0})
+    _write_json(path / "special_tokens_map.json", dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END_OF_TEXT))
 
 
 def _write_json(path: Path, content: object) -> None:

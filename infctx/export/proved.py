@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,13 +28,15 @@ _QUANTISED = 1.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exported:
-    """max_logit_difference: against the source, float32. logit_std: of the source's logits. notes: for the user."""
+    """max_logit_difference: against the source, float32. logit_std: of the source's logits. seconds: of writing, and of
+    computing logits. notes: for the user."""
 
     path: Path
     format: str
     max_logit_difference: float
     logit_std: float
     num_bytes: int
+    seconds: tuple[float, float]
     notes: Sequence[str]
 
 
@@ -56,6 +59,7 @@ def export_model(
             model; then nothing is left of it. OSError: the disk is full or fails.
     """
     check_output(output, format=format, force=force)
+    began = time.perf_counter()
     source = replace(source, tokenizer=source.tokenizer or TOKENIZER_OF_VOCAB_SIZE.get(source.config.vocab_size))
     if expected is None:
         expected = probe_logits(source)
@@ -63,7 +67,9 @@ def export_model(
     # Of the same kind as the output, and with its suffix, by which safetensors are files or folders.
     unproved = output.with_name(f".unproved-{os.getpid()}-{output.name}")
     try:
+        before_writing = time.perf_counter()
         notes = write_prepared(prepared, unproved, format, options)
+        writing = time.perf_counter() - before_writing
         found = probe_logits(replace(open_model(unproved, is_streamed=True), origin=f"{output}, read back"))
         _check_same(prepared, expected, found, output=output, is_quantised=options.dtype == "q8_0")
         num_bytes = _size(unproved)
@@ -81,6 +87,7 @@ def export_model(
         max_logit_difference=float((found - expected).abs().max()),
         logit_std=float(expected.std()),
         num_bytes=num_bytes,
+        seconds=(writing, time.perf_counter() - began - writing),
         notes=notes,
     )
 
@@ -97,7 +104,8 @@ def _check_same(prepared: ModelTensors, expected: Tensor, found: Tensor, *, outp
     if not difference <= bound:
         raise CheckpointError(
             f"{output}: read back, its logits differ from those of {reference} by {difference:.2e}; at most "
-            f"{bound:.2e} was expected. Nothing was written. This is a bug of infctx or a failing disk; please report it."
+            f"{bound:.2e} was expected. Nothing was written. "
+            "This is a bug of infctx or a failing disk; please report it."
         )
 
 

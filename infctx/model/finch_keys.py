@@ -6,6 +6,7 @@ reference runtime tells versions apart by it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
@@ -63,6 +64,10 @@ _PARTS = {
 _STORED_AS_1_1_C = ("time_maa_", "time_mix_", "time_decay")
 # Stored value axis before key axis; our states have the key axis first.
 _STORED_TRANSPOSED = "time_state"
+_STATE = (_STORED_TRANSPOSED, "initial_state")
+# Ours alone: no other program knows it, and official files never have it.
+_SHIFT = ("shift_state", "initial_shift")
+_STARTS = [_STATE, _SHIFT]
 
 
 class KeyRow(NamedTuple):
@@ -72,7 +77,33 @@ class KeyRow(NamedTuple):
     ours: str
 
 
-def key_rows(config: FinchConfig, *, has_initial_state: bool) -> Iterator[KeyRow]:
+_BLOCK_ROWS = [
+    *(KeyRow(f"{official}.{last}", f"{ours}.{last}") for official, ours in _LAYER_NORMS for last in ("weight", "bias")),
+    *(
+        KeyRow(f"att.{official}", f"time_mix.{ours}")
+        for official, ours in [*_FINCH_TIME_MIX, *_EAGLE_TIME_MIX, *_STARTS, *_MATRICES]
+    ),
+    *(
+        KeyRow(f"ffn.{official}", f"channel_mix.{ours}")
+        for official, ours in [*_FINCH_CHANNEL_MIX, *_EAGLE_CHANNEL_MIX, _SHIFT, *_CHANNEL_MATRICES]
+    ),
+]
+_OTHER_ROWS = [
+    KeyRow("emb.weight", "embedding.weight"),
+    *(KeyRow(f"blocks.0.ln0.{last}", f"input_norm.{last}") for last in ("weight", "bias")),
+    *(KeyRow(f"ln_out.{last}", f"output_norm.{last}") for last in ("weight", "bias")),
+    KeyRow("head.weight", "head.weight"),
+]
+_IN_A_BLOCK = re.compile(r"(blocks\.(?:0|[1-9][0-9]{0,3})\.)(.+)")
+# The matrices of a block that trainers put adapters on.
+BLOCK_MATRICES = tuple(
+    row.official.removesuffix(".weight")
+    for row in _BLOCK_ROWS
+    if row.official.endswith(".weight") and not row.official.split(".")[-2].startswith("ln")
+)
+
+
+def key_rows(config: FinchConfig, *, has_initial_state: bool, has_initial_shifts: bool = False) -> Iterator[KeyRow]:
     """Every tensor of a model, in official order."""
     time_mix, channel_mix = _PARTS[config.version]
     yield KeyRow("emb.weight", "embedding.weight")
@@ -81,13 +112,40 @@ def key_rows(config: FinchConfig, *, has_initial_state: bool) -> Iterator[KeyRow
             yield from _norm(f"blocks.{i}.{official}", f"blocks.{i}.{ours}")
         if i == 0:
             yield from _norm("blocks.0.ln0", "input_norm")
-        state = [("time_state", "initial_state")] if has_initial_state else []
-        for official, ours in [*time_mix, *state, *_MATRICES]:
+        state = [_STATE] if has_initial_state else []
+        shift = [_SHIFT] if has_initial_shifts else []
+        for official, ours in [*time_mix, *state, *shift, *_MATRICES]:
             yield KeyRow(f"blocks.{i}.att.{official}", f"blocks.{i}.time_mix.{ours}")
-        for official, ours in [*channel_mix, *_CHANNEL_MATRICES]:
+        for official, ours in [*channel_mix, *shift, *_CHANNEL_MATRICES]:
             yield KeyRow(f"blocks.{i}.ffn.{official}", f"blocks.{i}.channel_mix.{ours}")
     yield from _norm("ln_out", "output_norm")
     yield KeyRow("head.weight", "head.weight")
+
+
+def find_row(name: str, *, is_official: bool) -> KeyRow | None:
+    """The row of a tensor's name, official or ours, of any version and layer; None if it is no such name."""
+    block = _IN_A_BLOCK.fullmatch(name)
+    for start, rest, rows in (("", name, _OTHER_ROWS), *([(block[1], block[2], _BLOCK_ROWS)] if block else [])):
+        for row in rows:
+            if rest == (row.official if is_official else row.ours):
+                return KeyRow(start + row.official, start + row.ours)
+    return None
+
+
+def layer_of(name: str) -> int | None:
+    """The layer a tensor belongs to; None for those outside the blocks."""
+    block = _IN_A_BLOCK.fullmatch(name)
+    return None if block is None else int(block[1].split(".")[1])
+
+
+def is_time_state(official: str) -> bool:
+    """Whether this is the tuned initial state of a layer."""
+    return official.endswith(f".{_STORED_TRANSPOSED}")
+
+
+def official_names_of_layer_0() -> list[str]:
+    """Everything a file can hold, once for all layers: for messages that name what comes nearest."""
+    return [row.official for row in _OTHER_ROWS] + [f"blocks.0.{row.official}" for row in _BLOCK_ROWS]
 
 
 def to_official(row: KeyRow, tensor: Tensor) -> Tensor:
@@ -109,7 +167,7 @@ def from_official(row: KeyRow, tensor: Tensor, shape: torch.Size, *, file: str) 
             "The sizes are taken from the other tensors; the file is damaged or of another architecture."
         )
     tensor = tensor.reshape(shape)
-    return tensor.transpose(-1, -2) if row.official.endswith(_STORED_TRANSPOSED) else tensor
+    return tensor.transpose(-1, -2) if is_time_state(row.official) else tensor
 
 
 def strip_prefix(tensors: Mapping[str, _Any]) -> dict[str, _Any]:
@@ -159,6 +217,24 @@ def read_config(tensors: Mapping[str, StoredTensor], *, file: str) -> FinchConfi
 def has_initial_state(tensors: Mapping[str, object]) -> bool:
     """Whether the file carries a tuned initial state."""
     return "blocks.0.att.time_state" in tensors
+
+
+def has_initial_shifts(tensors: Mapping[str, object]) -> bool:
+    """Whether the file carries tuned vectors for the token before a document's first."""
+    return "blocks.0.att.shift_state" in tensors
+
+
+def is_initial_shift(official: str) -> bool:
+    """Whether this is the name of such a vector."""
+    return official.endswith(".shift_state")
+
+
+def start_parameters(tensors: Mapping[str, object]) -> dict[str, bool]:
+    """What `key_rows` and a model's constructor want to know of a set of official names."""
+    return {
+        "has_initial_state": has_initial_state(tensors),
+        "has_initial_shifts": has_initial_shifts(tensors),
+    }
 
 
 def _norm(official: str, ours: str) -> Iterator[KeyRow]:

@@ -24,6 +24,9 @@ COMMANDS = {
     "model vocabulary": ["model", "vocabulary"],
     "model merge": ["model", "merge"],
     "model convert": ["model", "convert"],
+    "adapter import": ["adapter", "import"],
+    "adapter export": ["adapter", "export"],
+    "adapter info": ["adapter", "info"],
     "bench kernels": ["bench", "kernels"],
     "doctor": ["doctor"],
     "recipe-schema": ["recipe-schema"],
@@ -47,7 +50,18 @@ def test_help_has_an_example_that_uses_what_is_listed(cli: Any, command: str) ->
 
 def test_help_of_everything_names_every_command(cli: Any) -> None:
     top, below = cli("--help").ok().out, cli("model", "--help").ok().out
-    for name in ("train", "check", "data", "export", "generate", "model", "bench", "doctor", "recipe-schema"):
+    for name in (
+        "train",
+        "check",
+        "data",
+        "export",
+        "generate",
+        "model",
+        "adapter",
+        "bench",
+        "doctor",
+        "recipe-schema",
+    ):
         assert re.search(rf"^\s*{name}\b", top, re.M), name
     for name in ("new", "info", "upgrade", "grow", "vocabulary", "merge"):
         assert re.search(rf"^\s*{name}\b", below, re.M), name
