@@ -1,0 +1,58 @@
+"""Folders for flash-linear-attention, read by it and run by its own kernels, and a folder it wrote, read here.
+
+    python -m pytest tests/readers/test_fla_reader.py --fla-python PYTHON
+
+PYTHON has torch, triton, transformers, einops and flash-linear-attention; seen with 0.6.0. It needs no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import infctx
+from infctx.model.finch import Finch
+
+# Nothing is taken from the number of channels there. Its kernel for more than 64 tokens is not for the interpreter.
+SIZES = {"n_layer": 2, "n_embd": 64, "head_size": 16, "dim_ffn": 101, "lerp_rank": 5, "decay_rank": 7}
+# It gives every norm the epsilon of the configuration; the group norms' own is set as the export tells its user to.
+GROUP_NORM_EPS = "64e-5"
+
+
+@pytest.fixture(scope="module")
+def python(pytestconfig: pytest.Config) -> str:
+    python = pytestconfig.getoption("--fla-python")
+    if python is None:
+        pytest.skip("needs --fla-python PYTHON, one with flash-linear-attention; see the head of this file")
+    return str(python)
+
+
+@pytest.fixture(scope="module")
+def model(make_finch: Callable[..., Finch]) -> Finch:
+    return make_finch("6", **SIZES)
+
+
+@pytest.fixture(scope="module")
+def answers(python: str, model: Finch, ask: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder: Path = tmp_path_factory.mktemp("reader") / "fla"
+    infctx.save_model(model, folder, format="fla", dtype=torch.float32)
+    return ask(python, "fla_program.py", folder, GROUP_NORM_EPS)
+
+
+def test_fla_computes_the_same(answers: Any, model: Finch) -> None:
+    answers.check(model)
+
+
+def test_what_fla_wrote_is_read(answers: Any) -> None:
+    answers.check_returned(infctx.load_model(answers.returned))
+
+
+def test_without_the_epsilon_its_logits_are_off(answers: Any, model: Finch) -> None:
+    # Should this fail, the export's advice about the epsilon has become needless.
+    with torch.no_grad():
+        ours, _ = model(answers.sequences[40])
+    assert float((answers.found["as_loaded"] - ours).abs().max()) > 1e-3
