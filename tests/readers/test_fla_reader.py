@@ -31,9 +31,10 @@ def python(pytestconfig: pytest.Config) -> str:
     return str(python)
 
 
-@pytest.fixture(scope="module")
-def model(make_finch: Callable[..., Finch]) -> Finch:
-    return make_finch("6", **SIZES)
+@pytest.fixture(scope="module", params=["6", "5.2"])
+def model(request: pytest.FixtureRequest, make_finch: Callable[..., Finch]) -> Finch:
+    """A Finch; and an Eagle, which is exported as the Finch that computes the same."""
+    return make_finch(request.param, **SIZES)
 
 
 @pytest.fixture(scope="module")
