@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--hf-code", metavar="FOLDER", help="modeling_rwkv{5,6}.py and the files that go with them")
     group.addoption("--hf-python", metavar="PYTHON", help="a Python with torch and transformers (default: this one)")
     group.addoption("--fla-python", metavar="PYTHON", help="a Python with flash-linear-attention")
+    group.addoption("--llama-python", metavar="PYTHON", help="a Python with llama-cpp-python")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -52,6 +53,7 @@ def random_finch(
     lerp_rank: int = 4,
     decay_rank: int = 6,
     has_initial_state: bool = False,
+    has_initial_shifts: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Finch:
@@ -66,7 +68,7 @@ def random_finch(
         lerp_rank=lerp_rank,
         decay_rank=decay_rank,
     )
-    model = Finch(config, has_initial_state=has_initial_state)
+    model = Finch(config, has_initial_state=has_initial_state, has_initial_shifts=has_initial_shifts)
     initialise_(model, seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

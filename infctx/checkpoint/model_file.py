@@ -1,4 +1,4 @@
-"""A model file on disk -> a model; sizes and version are read from its tensors."""
+"""A model file on disk -> its tensors, or a model; sizes, version and layout are read from the tensors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from infctx.checkpoint.weights import read_tensors
+from infctx.checkpoint.layouts.catalog import to_official
+from infctx.checkpoint.layouts.rows import check_names
+from infctx.checkpoint.weights import TOKENIZER_KEY, read_stored
 from infctx.errors import CheckpointError
 from infctx.model import finch_keys
+from infctx.model.config import FinchConfig
 from infctx.model.finch import Finch
+from infctx.model.tensors import ModelTensors, StoredTensor
 
-# Key of our safetensors metadata: which tokenizer the model's ids belong to.
-TOKENIZER_KEY = "infctx.tokenizer"
 # Enough of every tensor to tell two models apart, little enough to take no time at 14 B parameters.
 FINGERPRINT_VALUES = 64
 
@@ -33,7 +35,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: 
     """Read a Finch or Eagle model.
 
     Args:
-        path: an official .pth, our .safetensors, or a folder of safetensors.
+        path: an official .pth, our .safetensors, a GGUF file, or a folder in a Hugging Face layout (that of the RWKV
+            models there, or flash-linear-attention's).
         dtype: of the parameters.
         device: where they go.
     Returns:
@@ -47,61 +50,94 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: 
 def read_model_file(
     path: str | Path, *, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
 ) -> ModelFile:
-    """`load_model` and what else the file says; dtype None = as stored."""
-    stored, metadata = read_tensors(path)
-    tensors = finch_keys.strip_prefix(stored)
-    model = _model_from_tensors(tensors, file=str(path), dtype=dtype, device=torch.device(device))
-    return ModelFile(model, metadata.get(TOKENIZER_KEY), _fingerprint(tensors))
+    """`load_model` and what else the file says; dtype None = as stored, mapped from the file where that is possible."""
+    opened = open_model(path)
+    return ModelFile(build_model(opened, dtype=dtype, device=device), opened.tokenizer, fingerprint(opened))
 
 
-def official_tensors(model: Finch) -> dict[str, Tensor]:
-    """The model's parameters under official names and in official shapes and order, sharing memory where possible."""
-    has_state = model.blocks[0].time_mix.initial_state is not None
-    return {
-        row.official: finch_keys.to_official(row, model.get_parameter(row.ours).detach())
-        for row in finch_keys.key_rows(model.config, has_initial_state=has_state)
-    }
+def open_model(path: str | Path, *, is_streamed: bool = False) -> ModelTensors:
+    """The tensors of a model file of any layout, under official names, none of them read yet.
+
+    Args:
+        is_streamed: reading a tensor gives a copy and leaves no memory behind, for one pass over a large file.
+    Raises:
+        CheckpointError: names the file, the tensor, what was expected and what was found.
+    """
+    stored, metadata = read_stored(path, is_streamed=is_streamed)
+    tensors = to_official(stored, metadata, file=str(path))
+    config = finch_keys.read_config(tensors, file=str(path))
+    return ModelTensors(
+        config=config,
+        tensors=_in_official_form(config, tensors, file=str(path)),
+        tokenizer=metadata.get(TOKENIZER_KEY),
+        origin=str(path),
+    )
 
 
-def _model_from_tensors(
-    tensors: Mapping[str, Tensor], *, file: str, dtype: torch.dtype | None, device: torch.device
+def build_model(
+    source: ModelTensors, *, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
 ) -> Finch:
-    config = finch_keys.read_config(tensors, file=file)
-    has_state = finch_keys.has_initial_state(tensors)
+    """A model of these tensors, in evaluation mode; dtype None = as stored."""
+    starts = finch_keys.start_parameters(source.tensors)
     with torch.device("meta"):
-        model = Finch(config, has_initial_state=has_state)
-    rows = list(finch_keys.key_rows(config, has_initial_state=has_state))
-    _check_keys({row.official for row in rows}, set(tensors), file=file)
-    for row in rows:
-        expected = model.get_parameter(row.ours).shape
-        tensor = finch_keys.from_official(row, tensors[row.official], expected, file=file)
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{file}: tensor {row.official}: expected a float dtype, found {tensor.dtype}.")
+        model = Finch(source.config, **starts)
+    for row in finch_keys.key_rows(source.config, **starts):
+        shape = model.get_parameter(row.ours).shape
+        tensor = finch_keys.from_official(row, source.tensors[row.official].read(), shape, file=source.origin)
         owner, _, last = row.ours.rpartition(".")
         tensor = tensor.to(device=device, dtype=dtype or tensor.dtype).contiguous()
         setattr(model.get_submodule(owner), last, nn.Parameter(tensor))
     return model.eval()
 
 
-def _check_keys(expected: set[str], found: set[str], *, file: str) -> None:
-    missing, unexpected = sorted(expected - found), sorted(found - expected)
-    if missing:
-        raise CheckpointError(
-            f"{file}: {len(missing)} tensors are missing, first {missing[0]}; the file is incomplete."
-        )
-    if unexpected:
-        raise CheckpointError(
-            f"{file}: {len(unexpected)} tensors do not belong to this architecture, first {unexpected[0]}. "
-            "Expected exactly a model's own tensors; adapters are loaded on top of a model."
-        )
+def tensors_of(model: Finch, *, tokenizer: str | None = None, origin: str = "the model") -> ModelTensors:
+    """A model's parameters as a stream of tensors, sharing memory where possible."""
+    stored = {name: StoredTensor.of(tensor) for name, tensor in official_tensors(model).items()}
+    return ModelTensors(config=model.config, tensors=stored, tokenizer=tokenizer, origin=origin)
 
 
-def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
+def official_tensors(model: Finch) -> dict[str, Tensor]:
+    """The model's parameters under official names and in official shapes and order, sharing memory where possible.
+
+    Vectors that stand for the token before a document's first, which only this project reads, are among them.
+    """
+    rows = finch_keys.key_rows(
+        model.config, has_initial_state=model.has_initial_state, has_initial_shifts=model.has_initial_shifts
+    )
+    return {row.official: finch_keys.to_official(row, model.get_parameter(row.ours).detach()) for row in rows}
+
+
+def fingerprint(source: ModelTensors) -> str:
+    """Tells other weights apart, from a part of each tensor's values; the same in every layout."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        values = tensor.flatten()
+    for name in sorted(source.tensors):
+        stored = source.tensors[name]
+        values = stored.read().reshape(-1)
         spread = values[:: max(1, values.numel() // FINGERPRINT_VALUES)]
-        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(f"{name} {list(stored.shape)}".encode())
         digest.update(spread.double().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _in_official_form(
+    config: FinchConfig, tensors: Mapping[str, StoredTensor], *, file: str
+) -> dict[str, StoredTensor]:
+    """Every tensor that belongs to the model and no other, in official order; squeezed ones in official shape."""
+    starts = finch_keys.start_parameters(tensors)
+    with torch.device("meta"):
+        model = Finch(config, **starts)
+    rows = list(finch_keys.key_rows(config, **starts))
+    check_names({row.official for row in rows}, set(tensors), file=file, what="this architecture")
+    formed: dict[str, StoredTensor] = {}
+    for row in rows:
+        stored = tensors[row.official]
+        if not stored.dtype.is_floating_point:
+            raise CheckpointError(f"{file}: tensor {row.official}: expected a float dtype, found {stored.dtype}.")
+        ours = model.get_parameter(row.ours)
+        without_values = torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+        finch_keys.from_official(row, without_values, ours.shape, file=file)
+        expected = finch_keys.to_official(row, ours).shape
+        formed[row.official] = (
+            stored if stored.shape == tuple(expected) else stored.map(lambda x, shape=expected: x.reshape(shape))
+        )
+    return formed

@@ -1,20 +1,26 @@
 """Read and write .safetensors files.
 
-Reading is the safetensors library's, after the header has been checked for messages a person can use. Writing is ours:
-the library's does not name a full disk as such, copies each tensor, and orders the metadata at random.
+The safetensors library judges a header, after it has been checked for messages a person can use. Mapping is ours: torch
+cannot map a file larger than the memory. Writing is ours: the library's does not name a full disk as such, copies each
+tensor, and orders the metadata at random.
 Source of the format: the README of huggingface/safetensors.
 """
 
 import json
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from infctx.checkpoint.atomic import write_file_atomically
+from infctx.checkpoint.mapped_memory import map_file
+from infctx.checkpoint.raw_bytes import raw_bytes
 from infctx.errors import CheckpointError
+from infctx.model.tensors import StoredTensor
 
 MAX_HEADER_BYTES = 32 << 20
 
@@ -35,6 +41,7 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -43,33 +50,55 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Returns: tensors by name, metadata.
     Raises: CheckpointError naming the file.
     """
-    _check_header(path)
+    header, start = _check_header(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
-            return tensors, dict(file.metadata() or {})
+        with safe_open(path, framework="np") as file:
+            names, metadata = list(file.keys()), dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: damaged: {str(error)[:300]}. Fetch or write the file again.") from error
+    data = map_file(path, expected="a .safetensors file")
+    return {name: _tensor(name, header[name], data, start, path) for name in names}, metadata
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors and metadata, atomically; the same input gives the same bytes.
+def _tensor(name: str, facts: dict[str, Any], data: mmap.mmap, start: int, path: Path) -> Tensor:
+    """One tensor of a file whose header the library has accepted: offsets, sizes and types agree."""
+    if facts["dtype"] not in _DTYPES:
+        raise CheckpointError(f"{path}: tensor {name}: its type {facts['dtype']} is none of {', '.join(_DTYPES)}.")
+    dtype, (begin, end) = _DTYPES[facts["dtype"]], facts["data_offsets"]
+    if begin == end:
+        return torch.empty(facts["shape"], dtype=dtype)
+    if (start + begin) % dtype.itemsize:
+        # Other writers may not pad; kernels expect aligned numbers.
+        flat = torch.frombuffer(bytearray(data[start + begin : start + end]), dtype=dtype)
+    else:
+        flat = torch.frombuffer(data, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=start + begin)
+    return flat.view(facts["shape"])
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor | StoredTensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors and metadata, atomically; the same input gives the same bytes. Stored tensors are read one by one.
 
     Args: tensors: on any device and with any strides; those that share memory are written each by itself.
     Raises: OSError if the disk is full or fails; an existing `path` is untouched then.
     """
+    for name, tensor in tensors.items():
+        is_sparse = isinstance(tensor, Tensor) and tensor.layout != torch.strided
+        if tensor.dtype not in _DTYPE_NAMES or is_sparse or name == "__metadata__":
+            raise CheckpointError(
+                f"{path}: cannot hold tensor {name!r} ({tensor.dtype}{', sparse' if is_sparse else ''}); expected a "
+                f"dense tensor of one of {', '.join(_DTYPE_NAMES.values())}, not called __metadata__. "
+                "Convert or rename it."
+            )
+    stored = {name: x if isinstance(x, StoredTensor) else StoredTensor.of(x) for name, x in tensors.items()}
     # Wide elements first, so that every tensor starts at a multiple of its element size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = sorted(stored, key=lambda name: (-stored[name].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for name in names:
-        tensor = tensors[name]
-        if tensor.dtype not in _DTYPE_NAMES or tensor.layout != torch.strided or name == "__metadata__":
-            raise CheckpointError(
-                f"{path}: cannot hold tensor {name!r} ({tensor.dtype}, {tensor.layout}); expected a dense tensor of "
-                f"one of {', '.join(_DTYPE_NAMES.values())}, not called __metadata__. Convert or rename it."
-            )
-        end = offset + tensor.numel() * tensor.element_size()
+        tensor = stored[name]
+        end = offset + tensor.num_bytes
         header[name] = {
             "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -83,15 +112,16 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         with unfinished.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
-                if tensors[name].numel():
-                    flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-                    file.write(flat.view(torch.uint8).numpy().data)
+                file.write(raw_bytes(stored[name].read()))
 
     write_file_atomically(path, write)
 
 
-def _check_header(path: Path) -> None:
-    """Catch what the library accepts or reports without a reason: cut-off files, huge headers, names given twice."""
+def _check_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Catch what the library accepts or reports without a reason: cut-off files, huge headers, names given twice.
+
+    Returns: the header, and where the numbers begin.
+    """
     try:
         found_bytes = path.stat().st_size
         with path.open("rb") as file:
@@ -122,6 +152,7 @@ def _check_header(path: Path) -> None:
         raise CheckpointError(
             f"{path}: truncated or damaged: expected {expected_bytes} bytes, found {found_bytes}. Fetch the file again."
         )
+    return header, 8 + header_bytes
 
 
 def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

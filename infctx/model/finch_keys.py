@@ -7,13 +7,16 @@ reference runtime tells versions apart by it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from infctx.errors import CheckpointError
 from infctx.model.config import FinchConfig
+from infctx.model.tensors import StoredTensor
+
+_Any = TypeVar("_Any")
 
 PREFIXES = ("_forward_module.", "model.")
 
@@ -69,7 +72,7 @@ class KeyRow(NamedTuple):
     ours: str
 
 
-def key_rows(config: FinchConfig, *, has_initial_state: bool) -> Iterator[KeyRow]:
+def key_rows(config: FinchConfig, *, has_initial_state: bool, has_initial_shifts: bool = False) -> Iterator[KeyRow]:
     """Every tensor of a model, in official order."""
     time_mix, channel_mix = _PARTS[config.version]
     yield KeyRow("emb.weight", "embedding.weight")
@@ -79,9 +82,11 @@ def key_rows(config: FinchConfig, *, has_initial_state: bool) -> Iterator[KeyRow
         if i == 0:
             yield from _norm("blocks.0.ln0", "input_norm")
         state = [("time_state", "initial_state")] if has_initial_state else []
-        for official, ours in [*time_mix, *state, *_MATRICES]:
+        # Ours alone: no other program knows them, and official files never have them.
+        shift = [("shift_state", "initial_shift")] if has_initial_shifts else []
+        for official, ours in [*time_mix, *state, *shift, *_MATRICES]:
             yield KeyRow(f"blocks.{i}.att.{official}", f"blocks.{i}.time_mix.{ours}")
-        for official, ours in [*channel_mix, *_CHANNEL_MATRICES]:
+        for official, ours in [*channel_mix, *shift, *_CHANNEL_MATRICES]:
             yield KeyRow(f"blocks.{i}.ffn.{official}", f"blocks.{i}.channel_mix.{ours}")
     yield from _norm("ln_out", "output_norm")
     yield KeyRow("head.weight", "head.weight")
@@ -109,7 +114,7 @@ def from_official(row: KeyRow, tensor: Tensor, shape: torch.Size, *, file: str) 
     return tensor.transpose(-1, -2) if row.official.endswith(_STORED_TRANSPOSED) else tensor
 
 
-def strip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def strip_prefix(tensors: Mapping[str, _Any]) -> dict[str, _Any]:
     """Take away a prefix that some trainers leave on every key."""
     for prefix in PREFIXES:
         if tensors and all(key.startswith(prefix) for key in tensors):
@@ -117,7 +122,7 @@ def strip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def read_config(tensors: Mapping[str, Tensor], *, file: str) -> FinchConfig:
+def read_config(tensors: Mapping[str, StoredTensor], *, file: str) -> FinchConfig:
     """Version and every size, from keys and shapes.
 
     Raises:
@@ -125,9 +130,13 @@ def read_config(tensors: Mapping[str, Tensor], *, file: str) -> FinchConfig:
     """
     version = _version(tensors, file=file)
     emb = _get(tensors, "emb.weight", 2, file=file)
-    bonus = _get(tensors, "blocks.0.att.time_faaaa", None, file=file)
-    if bonus.dim() == 1:  # squeezed, of one head
-        bonus = bonus[None]
+    bonus = _get(tensors, "blocks.0.att.time_faaaa", None, file=file).shape
+    if len(bonus) not in (1, 2):
+        raise CheckpointError(
+            f"{file}: tensor blocks.0.att.time_faaaa: expected [heads, head size], found {list(bonus)}."
+        )
+    if len(bonus) == 1:  # squeezed, of one head
+        bonus = (1, *bonus)
     layers = {int(key.split(".")[1]) for key in tensors if key.startswith("blocks.") and key.split(".")[1].isdigit()}
     if layers != set(range(len(layers))):
         missing = sorted(set(range(max(layers))) - layers)
@@ -141,17 +150,35 @@ def read_config(tensors: Mapping[str, Tensor], *, file: str) -> FinchConfig:
         n_layer=len(layers),
         n_embd=emb.shape[1],
         vocab_size=emb.shape[0],
-        head_size=bonus.shape[1],
-        n_head=bonus.shape[0],
+        head_size=bonus[1],
+        n_head=bonus[0],
         dim_ffn=_get(tensors, "blocks.0.ffn.key.weight", 2, file=file).shape[0],
         lerp_rank=lerp_rank,
         decay_rank=decay_rank,
     )
 
 
-def has_initial_state(tensors: Mapping[str, Tensor]) -> bool:
+def has_initial_state(tensors: Mapping[str, object]) -> bool:
     """Whether the file carries a tuned initial state."""
     return "blocks.0.att.time_state" in tensors
+
+
+def has_initial_shifts(tensors: Mapping[str, object]) -> bool:
+    """Whether the file carries tuned vectors for the token before a document's first."""
+    return "blocks.0.att.shift_state" in tensors
+
+
+def is_initial_shift(official: str) -> bool:
+    """Whether this is the name of such a vector."""
+    return official.endswith(".shift_state")
+
+
+def start_parameters(tensors: Mapping[str, object]) -> dict[str, bool]:
+    """What `key_rows` and a model's constructor want to know of a set of official names."""
+    return {
+        "has_initial_state": has_initial_state(tensors),
+        "has_initial_shifts": has_initial_shifts(tensors),
+    }
 
 
 def _norm(official: str, ours: str) -> Iterator[KeyRow]:
@@ -159,15 +186,15 @@ def _norm(official: str, ours: str) -> Iterator[KeyRow]:
     yield KeyRow(f"{official}.bias", f"{ours}.bias")
 
 
-def _get(tensors: Mapping[str, Tensor], key: str, dims: int | None, *, file: str) -> Tensor:
+def _get(tensors: Mapping[str, StoredTensor], key: str, dims: int | None, *, file: str) -> StoredTensor:
     if key not in tensors:
         raise CheckpointError(f"{file}: tensor {key} is missing; the file is incomplete or of another architecture.")
-    if dims is not None and tensors[key].dim() != dims:
+    if dims is not None and len(tensors[key].shape) != dims:
         raise CheckpointError(f"{file}: tensor {key}: expected {dims} axes, found shape {list(tensors[key].shape)}.")
     return tensors[key]
 
 
-def _version(tensors: Mapping[str, Tensor], *, file: str) -> str:
+def _version(tensors: Mapping[str, StoredTensor], *, file: str) -> str:
     def refuse(what: str) -> CheckpointError:
         return CheckpointError(f"{file}: this is {what}. infctx reads RWKV-6 (x060) and RWKV-5.2 (x052) models.")
 
@@ -195,15 +222,14 @@ def _version(tensors: Mapping[str, Tensor], *, file: str) -> str:
         if "blocks.0.att.gate.weight" not in keys:
             raise refuse("an RWKV-5.0 model")
         decay, bonus = tensors.get("blocks.0.att.time_decay"), tensors.get("blocks.0.att.time_faaaa")
-        if decay is not None and bonus is not None and decay.numel() != bonus.numel():
+        if decay is not None and bonus is not None and decay.num_elements != bonus.num_elements:
             raise refuse("an RWKV-5.1 model")
         if "blocks.0.att.time_first" in keys:
             raise refuse("an early RWKV-5 model (its bonus is stored as a logarithm)")
         return "5.2"
-    if any(key.startswith(("rwkv.blocks.", "model.layers.", "layers.")) for key in keys):
+    if any(key.startswith(("model.layers.", "layers.")) for key in keys):
         raise CheckpointError(
-            f"{file}: this is a model in a Hugging Face layout, which this version does not read. "
-            "Give the official .pth."
+            f"{file}: this is another architecture's model in a Hugging Face layout. infctx reads RWKV-6 and RWKV-5.2."
         )
     found = ", ".join(sorted(keys)[:3]) or "no tensors"
     raise CheckpointError(f"{file}: not an RWKV checkpoint: no blocks.0.att.* tensors. Found {found}, …")

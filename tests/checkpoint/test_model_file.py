@@ -101,8 +101,8 @@ def test_squeezed_tensors_of_one_head_are_what_they_were(
     assert torch.equal(logits, model(TOKENS)[0])
 
 
-def test_hugging_face_layouts_are_refused_by_name(tmp_path: Path) -> None:
-    for name in ("rwkv.blocks.0.attention.key.weight", "model.layers.0.attn.r_proj.linear.weight"):
+def test_hugging_face_layouts_of_others_are_refused_by_name(tmp_path: Path) -> None:
+    for name in ("layers.0.attention.wq.weight", "model.layers.0.self_attn.q_proj.weight"):
         with pytest.raises(CheckpointError, match="Hugging Face layout"):
             load_model(save({name: torch.zeros(2, 2)}, tmp_path))
 
