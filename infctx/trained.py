@@ -34,12 +34,14 @@ Base = Literal["trained", "original"]
 class TrainedModel:
     """A model ready for use.
 
-    tokenizer: its name, or None where nothing says it. step: of the checkpoint, if any. notes: what to tell.
+    tokenizer: its name, or None where nothing says it. step: of the checkpoint, if any. is_averaged: its trained
+    weights are their moving average over the run. notes: what to tell.
     """
 
     model: Finch
     tokenizer: str | None
     step: int | None
+    is_averaged: bool = False
     notes: Sequence[str] = ()
 
 
@@ -60,16 +62,24 @@ class OpenedForExport:
     notes: Sequence[str] = ()
 
 
-def open_trained(path: str | Path) -> TrainedModel:
-    """A model file, or a run folder with its newest checkpoint merged into its base model; float32, on the CPU."""
+def open_trained(path: str | Path, *, last_weights: bool = False) -> TrainedModel:
+    """A model file, or a run folder with its newest checkpoint merged into its base model; float32, on the CPU.
+
+    Args:
+        last_weights: of a run that averages its weights (optimizer.ema_decay) take those of the last step all the same.
+    """
     path = Path(path)
     if not (path / RECIPE_FILE).is_file():
         opened = read_model_file(path)
         return TrainedModel(model=opened.model, tokenizer=opened.tokenizer, step=None)
-    attached = _attach_newest(path, dtype=torch.float32)
+    attached = _attach_newest(path, dtype=torch.float32, last_weights=last_weights)
     attached.adapter.merge_()
     return TrainedModel(
-        model=attached.model.eval(), tokenizer=attached.tokenizer, step=attached.step, notes=attached.notes
+        model=attached.model.eval(),
+        tokenizer=attached.tokenizer,
+        step=attached.step,
+        is_averaged=attached.is_averaged,
+        notes=attached.notes,
     )
 
 
@@ -94,7 +104,7 @@ def open_for_export(
     path = Path(path)
     if not (path / RECIPE_FILE).is_file():
         if onto is not None:
-            raise CheckpointError(f"--onto {onto}: {path} is not a run on a quantised base. Leave it out.")
+            raise CheckpointError(f"--onto {onto}: {path} was not trained on a quantised base. Leave it out.")
         source = open_model(path, is_streamed=True)
         if adapter is not None:
             changes = read_adapter(adapter, alpha=alpha, start=start)
@@ -130,7 +140,8 @@ def _open_run(path: Path, *, last_weights: bool, onto: Base | None) -> OpenedFor
     )
     return OpenedForExport(
         source=by_base[onto],
-        logits=probe_logits(attached.model),
+        # This kind rounds the inputs of its products, too: merged, they are computed as they are.
+        logits=None if kind == "bnb-int8" and onto == "trained" else probe_logits(attached.model),
         is_averaged=attached.is_averaged,
         onto=onto,
         difference=difference,

@@ -187,14 +187,14 @@ def wrap(model: nn.Module, config: peft.PeftConfig, trained: Iterable[str], fact
     with without_its_advice():
         import peft
 
-    raw_parameters = {name: model.get_parameter(name) for name in trained}
+    raw_parameters = {name: model.get_parameter(name) for name in sorted(trained)}
     refuse_quantized(raw_parameters.items(), key="adapter.train_also")
     # New modules begin in training; dropout would act in a model that is being evaluated.
     peft_model = peft.get_peft_model(model, config).train(model.training)
     for parameter in raw_parameters.values():
         parameter.requires_grad_(True)
     names_now = {id(parameter): name for name, parameter in model.named_parameters()}
-    order = {name: names_now[id(parameter)] for name, parameter in sorted(raw_parameters.items())}
+    order = {name: names_now[id(parameter)] for name, parameter in raw_parameters.items()}
     adapter = PeftAdapter(peft_model, order, facts)
     for layer in adapter.layers.values():
         if getattr(layer, "lora_magnitude_vector", None):

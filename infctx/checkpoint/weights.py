@@ -89,14 +89,33 @@ def _read_gguf(path: Path, *, is_streamed: bool) -> tuple[dict[str, StoredTensor
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     for single, index in _FOLDER_FILES:
         if (folder / single).is_file():
-            return read_tensors(folder / single)
-        if (folder / index).is_file():
-            return _read_shards(folder, index, suffix=Path(single).suffix)
+            tensors, metadata = read_tensors(folder / single)
+        elif (folder / index).is_file():
+            tensors, metadata = _read_shards(folder, index, suffix=Path(single).suffix)
+        else:
+            continue
+        return tensors, _marks_in_config(folder) | metadata
     found = sorted(entry.name for entry in folder.iterdir())[:8]
     raise CheckpointError(
         f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE} in the folder, found {found or 'nothing'}. "
         "Give a model file or a folder that holds one."
     )
+
+
+def _marks_in_config(folder: Path) -> dict[str, str]:
+    """What an export of ours noted in config.json, which other programs keep when they save the model again."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > _MAX_INDEX_BYTES:
+            raise ValueError(f"it has more than {_MAX_INDEX_BYTES} bytes")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged: {str(error)[:200]}. Fetch the folder again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object. Fetch the folder again.")
+    return {key: str(value) for key, value in content.items() if key.startswith("infctx.")}
 
 
 def _read_shards(folder: Path, index: str, *, suffix: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -62,6 +62,8 @@ def write_fla(source: ModelTensors, path: Path, options: ExportOptions) -> list[
         "eos_token_id": 0,
         "tie_word_embeddings": False,
         "use_cache": True,
+        # Its own programs keep this when they save the model again, and drop the metadata of the weights.
+        VALUE_SCALE_KEY: VALUE_SCALE,
         "torch_dtype": dtypes.pop() if len(dtypes) == 1 else "float32",
     }
     (path / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

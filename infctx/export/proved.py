@@ -61,8 +61,10 @@ def export_model(
     check_output(output, format=format, force=force)
     began = time.perf_counter()
     source = replace(source, tokenizer=source.tokenizer or TOKENIZER_OF_VOCAB_SIZE.get(source.config.vocab_size))
+    merged = probe_logits(source)
     if expected is None:
-        expected = probe_logits(source)
+        expected = merged
+    _check_merge(expected, merged, origin=source.origin)
     prepared = FORMATS[format].prepare(source, options)
     # Of the same kind as the output, and with its suffix, by which safetensors are files or folders.
     unproved = output.with_name(f".unproved-{os.getpid()}-{output.name}")
@@ -92,6 +94,16 @@ def export_model(
     )
 
 
+def _check_merge(expected: Tensor, merged: Tensor, *, origin: str) -> None:
+    """What is written has to be what was trained, before anything is rounded for the file."""
+    difference, bound = float((merged - expected).abs().max()), _SAME * max(1.0, float(expected.abs().max()))
+    if not difference <= bound:
+        raise CheckpointError(
+            f"{origin}: merged, its logits differ from those with the adapter attached by {difference:.2e}; at most "
+            f"{bound:.2e} was expected. Nothing was written. This is a bug of infctx; please report it."
+        )
+
+
 def _check_same(prepared: ModelTensors, expected: Tensor, found: Tensor, *, output: Path, is_quantised: bool) -> None:
     """The file must compute what the tensors that went into it compute; how far that is from the source is told."""
     difference = float((found - expected).abs().max())
@@ -99,7 +111,7 @@ def _check_same(prepared: ModelTensors, expected: Tensor, found: Tensor, *, outp
         bound, reference = _QUANTISED * float(expected.std()), "the source"
     else:
         bound, reference = _SAME * max(1.0, float(expected.abs().max())), "what was written"
-        if difference > bound:
+        if not difference <= bound:
             difference = float((found - probe_logits(prepared)).abs().max())
     if not difference <= bound:
         raise CheckpointError(

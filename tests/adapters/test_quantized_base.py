@@ -17,7 +17,7 @@ from infctx.adapters import quantized_base
 from infctx.adapters.base_weight import base_weight
 from infctx.adapters.peft_adapters import attach_lora
 from infctx.adapters.quantized_base import QUANTIZED, dequantize_, quantize_, stored_bytes
-from infctx.checkpoint.model_file import official_tensors
+from infctx.checkpoint.model_file import official_tensors, tensors_of
 from infctx.data.chunking import Chunk, RowSlice, chunk_rows
 from infctx.errors import CheckpointError, RecipeError
 from infctx.export.verify import merge_difference
@@ -229,7 +229,7 @@ def test_merged_is_what_was_trained(make_finch: Callable[..., Finch], kind: str)
     assert all(type(m) is Linear for m in model.modules() if isinstance(m, nn.Linear))
     # The other merge: the same addition on the weights of the file.
     attach(original).merge_()
-    difference = merge_difference(model, original)
+    difference = merge_difference(tensors_of(model), tensors_of(original))
     found = {name: p.detach() for name, p in model.named_parameters()}
     expected = {name: p.detach() for name, p in original.named_parameters()}
     by_hand = {name: float((found[name] - p).norm() / p.norm()) for name, p in expected.items()}

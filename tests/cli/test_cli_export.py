@@ -50,7 +50,10 @@ def test_exports_compute_what_the_source_computes(
             info = cli("model", "info", output, "--json").ok().json
             assert info["dtypes"] == [{"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype]]
             found_difference = result["max_logit_difference"]
-            assert found_difference == 0.0 if dtype == "fp32" else 0 < found_difference < 0.4
+            if dtype == "fp32":  # Of a run, between attached and merged.
+                assert 0 < found_difference < 1e-4 if source == run_folder else found_difference == 0.0
+            else:
+                assert 0 < found_difference < 0.4
             assert info["tokenizer"] in (None, "bytes")
     for source in (models["pth"], models["safetensors"]):
         assert torch.equal(found[source, "fp32"], base)

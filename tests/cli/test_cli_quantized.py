@@ -55,7 +55,7 @@ def test_trained_stopped_continued_exported(
         answers[onto] = cli(*command, "--json").ok().json
         exported[onto] = infctx.load_model(path)
         assert answers[onto]["onto"] == onto or onto is None
-        assert answers[onto]["max_logit_difference"] == 0.0
+        assert answers[onto]["max_logit_difference"] < 1e-5
     said = cli("export", folder, "--output", tmp_path / "again.pth").ok().err
     assert "Merged onto the int8 base it was trained on. The two merges differ by" in said
     tokens = torch.randint(1, 257, (1, 64), generator=torch.Generator().manual_seed(0))

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import infctx
 from infctx.adapters.load import load_adapter
-from infctx.assemble import open_trained, run_recipe
+from infctx.assemble import run_recipe
 from infctx.checkpoint.model_file import read_model_file
 from infctx.errors import CheckpointError
 from infctx.recipe.schema import Recipe
 from infctx.run_adapter import START_FILE
+from infctx.trained import open_trained
 from infctx.training.progress import SilentProgress
 from infctx.training.signals import StopRequested
 

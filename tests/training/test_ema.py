@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from infctx.assemble import open_trained, run_recipe
+from infctx.assemble import run_recipe
 from infctx.model.finch import Finch
 from infctx.recipe.schema import Recipe
+from infctx.trained import open_trained
 from infctx.training.averaged_weights import AveragedWeights
 from infctx.training.metrics import read_metrics
 from infctx.training.progress import SilentProgress

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from infctx.adapters.catalog import ATTACH
+from infctx.adapters.peft_adapters import attach_lora
 from infctx.errors import RecipeError
 from infctx.model.finch import Finch
 from infctx.training.optim import LearningRate, parameter_groups
@@ -65,7 +65,7 @@ def test_grouping_of_every_key(make_finch: Callable[..., Finch], version: str) -
 @pytest.mark.parametrize("version", ["6", "5.2"])
 def test_matrices_of_a_lora_are_decayed(make_finch: Callable[..., Finch], version: str) -> None:
     model, mix = make_finch(version, n_layer=2), "lerp" if version == "6" else "mix"
-    ATTACH["lora"](model, rank=3, alpha=6.0, targets=["key", "gate"], train_also=[f"*.{mix}_key", "*.decay_base"])
+    attach_lora(model, rank=3, alpha=6.0, targets=["key", "gate"], train_also=[f"*.{mix}_key", "*.decay_base"])
     decayed = {
         f"blocks.*.{part}.lora_{side}.default.weight"
         for part in ("time_mix.key", "time_mix.gate", "channel_mix.key")

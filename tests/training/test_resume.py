@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from infctx.assemble import open_trained, run_recipe
+from infctx.assemble import run_recipe
 from infctx.checkpoint.run_state import load_run_state
 from infctx.errors import CheckpointError, InfctxError, RecipeError
 from infctx.export.catalog import save_model
 from infctx.model.finch import Finch
 from infctx.recipe.schema import Recipe
+from infctx.trained import open_trained
 from infctx.training.bptt import ChunkObjective
 from infctx.training.metrics import read_metrics
 from infctx.training.progress import SilentProgress
