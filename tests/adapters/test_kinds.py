@@ -39,7 +39,7 @@ PEFT_CASES: dict[str, dict[str, Any]] = {
     "rslora": {"targets": ["embedding", "channel_mix.*", "head"], "ranks": {"head": 2}},
     "dora": {"targets": EVERYWHERE, "ranks": {"blocks.1.*": 2}},
     "dora on the embedding": {"kind": "dora", "targets": ["embedding", "output"]},
-    "pissa": {"targets": EVERYWHERE, "ranks": {"*.gate": 2}, "initial_state": True},
+    "pissa": {"targets": EVERYWHERE, "ranks": {"*.gate": 2}, "alphas": {"head": 2.0}, "initial_state": True},
     "pissa, exact": {"kind": "pissa", "targets": ["key"], "svd_iterations": None, "alpha": 7.0},
     "olora": {"targets": EVERYWHERE, "ranks": {"*.gate": 2}, "train_also": ["*.decay_base"]},
     "miss": {"targets": EVERYWHERE, "rank": 6},
