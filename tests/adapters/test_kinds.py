@@ -22,6 +22,7 @@ from infctx.adapters.peft_kinds import PeftSettings
 from infctx.adapters.state_tuning import attach_state
 from infctx.errors import CheckpointError, RecipeError
 from infctx.model.finch import Finch
+from infctx.training.precision import apply_precision_
 
 MATRICES = ["receptance", "key", "value", "gate", "output"]
 # Sizes of the test models are 32 and 101: these have divisors that are ranks.
@@ -39,7 +40,7 @@ PEFT_CASES: dict[str, dict[str, Any]] = {
     "rslora": {"targets": ["embedding", "channel_mix.*", "head"], "ranks": {"head": 2}},
     "dora": {"targets": EVERYWHERE, "ranks": {"blocks.1.*": 2}},
     "dora on the embedding": {"kind": "dora", "targets": ["embedding", "output"]},
-    "pissa": {"targets": EVERYWHERE, "ranks": {"*.gate": 2}, "initial_state": True},
+    "pissa": {"targets": EVERYWHERE, "ranks": {"*.gate": 2}, "alphas": {"head": 2.0}, "initial_state": True},
     "pissa, exact": {"kind": "pissa", "targets": ["key"], "svd_iterations": None, "alpha": 7.0},
     "olora": {"targets": EVERYWHERE, "ranks": {"*.gate": 2}, "train_also": ["*.decay_base"]},
     "miss": {"targets": EVERYWHERE, "rank": 6},
@@ -128,6 +129,29 @@ def test_merged_values_are_those_of_peft_s_own_merge(finch: Callable[..., Finch]
     expected = values(model)
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("case", ["lora", "dora", "dora on the embedding", "pissa", "olora", "miss", "miss, bat"])
+def test_a_base_stored_in_bf16_is_the_only_thing_that_is_rounded(finch: Callable[..., Finch], case: str) -> None:
+    stored = finch().to(torch.bfloat16)
+    expected, _ = finch().to(torch.bfloat16).float()(TOKENS)
+    attach(stored, case)
+    apply_precision_(stored, "fp32")
+    torch.testing.assert_close(stored(TOKENS)[0], expected, rtol=0, atol=1e-5)
+
+    model = finch().to(torch.bfloat16)
+    adapter = attach(model, case)
+    apply_precision_(model, "bf16")
+    disturb_(model)
+    merged = {name: adapter.merged_parameter(name) for name in adapter.names()}
+    assert {tensor.dtype for tensor in merged.values()} == {torch.float32}
+    # The rounded base, with everything computed in float32.
+    apply_precision_(model, "fp32")
+    attached, _ = model(TOKENS)
+    adapter.merge_()
+    for name, tensor in merged.items():
+        model.get_parameter(name).data = tensor
+    torch.testing.assert_close(model(TOKENS)[0], attached, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("case", CASES)

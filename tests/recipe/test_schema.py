@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from infctx.recipe.load import recipe_differences
 from infctx.recipe.schema import Recipe
 
 
@@ -162,6 +163,19 @@ def test_every_key_is_described() -> None:
         ("adapter", {"kind": "lora", "rank": 0}),
         ("adapter", {"kind": "lora", "alpha": 0}),
         ("adapter", {"kind": "lora", "targets": []}),
+        ("adapter", {"kind": "bone"}),
+        ("adapter", {"kind": "lora", "ranks": {"*.key": 0}}),
+        ("adapter", {"kind": "lora", "ranks": {"": 3}}),
+        ("adapter", {"kind": "lora", "svd_iterations": 4}),
+        ("adapter", {"kind": "lora", "miss_init": "bat"}),
+        ("adapter", {"kind": "miss", "alpha": 4}),
+        ("adapter", {"kind": "miss", "ranks": {"key": 4}}),
+        ("adapter", {"kind": "miss", "miss_init": "mini"}),
+        ("adapter", {"kind": "miss", "miss_mini_rank": 4}),
+        ("adapter", {"kind": "state", "rank": 4}),
+        ("adapter", {"kind": "state", "initial_state": True}),
+        ("adapter", {"initial_shifts": True}),
+        ("adapter", {"kind": "lora", "initial_shifts": True}),
         ("bptt", {"chunk_tokens": 0}),
         ("bptt", {"chunk_tokens": 1.0}),
         ("bptt", {"chunk_tokens": True}),
@@ -218,6 +232,11 @@ def test_refused(section: str, keys: dict[str, Any]) -> None:
         ("adapter", {"kind": "full", "freeze": ["emb*"]}),
         ("adapter", {"kind": "full", "alpha": None}),
         ("adapter", {"kind": "lora", "rank": 4, "train_also": ["*norm*"]}),
+        ("adapter", {"kind": "dora", "ranks": {"blocks.0.*": 8}, "alphas": {"key": 3.5}}),
+        ("adapter", {"kind": "pissa", "svd_iterations": None}),
+        ("adapter", {"kind": "miss", "miss_init": "mini", "miss_mini_rank": 4, "initial_state": True}),
+        ("adapter", {"kind": "state", "initial_shifts": True}),
+        ("adapter", {"initial_state": True, "initial_shifts": True}),
         ("bptt", {"window": 3}),
         ("optimizer", {"lr": 1}),
         ("optimizer", {"clip": None}),
@@ -276,6 +295,30 @@ def test_mode_follows_the_window(window: int | str, mode: str) -> None:
     assert recipe.resolved().data.mode == mode
 
 
+@pytest.mark.parametrize(
+    ("kind", "alpha"), [("dora", 16.0), ("rslora", 16.0), ("pissa", 8.0), ("olora", 8.0), ("miss", None)]
+)
+def test_alpha_of_every_kind(kind: str, alpha: float | None) -> None:
+    assert make(adapter={"kind": kind, "rank": 8}).resolved().adapter.alpha == alpha
+
+
+def test_alphas_follow_the_ranks_unless_they_are_given() -> None:
+    ranks = {"blocks.0.*": 4, "key": 2, "head": 16}
+    adapter = make(adapter={"kind": "lora", "ranks": ranks, "alphas": {"key": 3.0}}).resolved().adapter
+    assert list(adapter.alphas.items()) == [("blocks.0.*", 8.0), ("head", 32.0), ("key", 3.0)]
+    adapter = make(adapter={"kind": "rslora", "ranks": ranks}).resolved().adapter
+    assert adapter.alphas == {}
+    adapter = make(adapter={"kind": "lora", "ranks": ranks, "alpha": 8}).resolved().adapter
+    assert (adapter.alpha, adapter.alphas) == (8.0, {})
+
+
+def test_the_order_of_ranks_is_part_of_a_recipe() -> None:
+    one, other = ({"kind": "lora", "ranks": dict(ranks)} for ranks in ([("a", 1), ("b", 2)], [("b", 2), ("a", 1)]))
+    assert recipe_differences(make(adapter=one), make(adapter=one)) == []
+    differences = recipe_differences(make(adapter=one), make(adapter=other))
+    assert [line.split(":")[0] for line in differences] == ["adapter.ranks", "adapter.alphas"]
+
+
 def test_a_document_may_have_a_truncated_window() -> None:
     assert make(bptt={"window": 2}, data={"mode": "document"}).resolved().data.mode == "document"
 
@@ -298,7 +341,16 @@ def test_constant_schedule_has_no_final_rate() -> None:
     assert make().resolved().optimizer.lr_final is None
 
 
-@pytest.mark.parametrize("adapter", [{}, {"freeze": ["emb*"]}, {"kind": "lora", "alpha": 8, "train_also": ["*norm*"]}])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {},
+        {"freeze": ["emb*"]},
+        {"kind": "lora", "alpha": 8, "train_also": ["*norm*"]},
+        {"kind": "pissa", "ranks": {"key": 3}, "svd_iterations": None},
+        {"kind": "state"},
+    ],
+)
 def test_resolved_mapping_reads_back_equal(adapter: dict[str, Any]) -> None:
     recipe = make(adapter=adapter, optimizer={"clip": None, "schedule": "cosine"}, data={"validation": 0.5}).resolved()
     mapping = recipe.to_mapping()
