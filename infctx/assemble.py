@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import infctx
 from infctx.adapters.catalog import ATTACH, Adapter
+from infctx.adapters.model_changes import ModelChanges
 from infctx.checkpoint.atomic import remove_tree, remove_unfinished, replace_directory, write_file_atomically
-from infctx.checkpoint.model_file import ModelFile, build_model, open_model, read_model_file
+from infctx.checkpoint.model_file import ModelFile, open_model, read_model_file, tensors_of
 from infctx.checkpoint.run_lock import RunLock
 from infctx.checkpoint.run_state import RunState, load_run_state
 from infctx.errors import CheckpointError, MachineError, RecipeError, machine_fault
-from infctx.export.adapter_files import merge_adapter, read_adapter
+from infctx.export.adapter_files import merge_adapter
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
+from infctx.model.tensors import ModelTensors
 from infctx.recipe.load import load_recipe, recipe_differences, write_recipe
 from infctx.recipe.schema import Recipe
 from infctx.run_data import RunData, Say, data_from_anywhere, open_data, step_source
@@ -191,17 +193,34 @@ def open_trained(path: str | Path) -> TrainedModel:
     )
 
 
-def open_with_adapter(
-    path: str | Path, adapter: Path, *, alpha: float | None = None, start: Path | None = None
-) -> TrainedModel:
-    """A model file with an adapter merged into it; float32, on the CPU. alpha, start: see `read_adapter`."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenedForExport:
+    """source: the tensors to be written. logits: `probe_logits` of the model they were merged from, None where nothing
+    was. notes: what to tell."""
+
+    source: ModelTensors
+    logits: Tensor | None
+    notes: Sequence[str]
+
+
+def open_for_export(path: str | Path, *, adapter: ModelChanges | None = None, origin: str = "") -> OpenedForExport:
+    """A model, or a run folder with its newest checkpoint merged into its base model.
+
+    Args: adapter: merged onto a model as its tensors are read. origin: the adapter's file, for messages.
+    """
     path = Path(path)
-    if (path / RECIPE_FILE).is_file():
-        raise CheckpointError(
-            f"{path}: is a run, which has an adapter of its own; expected a model file with --adapter."
-        )
-    merged = merge_adapter(open_model(path), read_adapter(adapter, alpha=alpha, start=start), file=str(adapter))
-    return TrainedModel(model=build_model(merged), tokenizer=merged.tokenizer, step=None)
+    if adapter is not None:
+        if (path / RECIPE_FILE).is_file():
+            raise CheckpointError(f"{path}: is a run, which has its own adapter; expected a model with --adapter.")
+        merged = merge_adapter(open_model(path, is_streamed=True), adapter, file=origin)
+        return OpenedForExport(source=merged, logits=None, notes=())
+    if not (path / RECIPE_FILE).is_file():
+        return OpenedForExport(source=open_model(path, is_streamed=True), logits=None, notes=())
+    trained = open_trained(path)
+    notes = [f"Skipped a damaged checkpoint: {reason}" for reason in trained.skipped]
+    notes.append(f"{path}: the model of step {trained.step:,}.")
+    source = tensors_of(trained.model, tokenizer=trained.tokenizer, origin=str(path))
+    return OpenedForExport(source=source, logits=None, notes=notes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

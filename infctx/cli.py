@@ -16,21 +16,28 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from infctx.cli_adapter import Alpha, Start, adapter_app
-from infctx.cli_answer import AsJson
-from infctx.cli_answer import answer as _answer
-from infctx.cli_answer import say as _say
-from infctx.cli_answer import shown as _shown
+from infctx.cli_adapter import adapter_app
+from infctx.cli_export import convert, export
+from infctx.cli_output import (
+    EXIT_BUG,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_MACHINE,
+    EXIT_STOPPED,
+    EXIT_USER,
+    LARGEST_SEED,
+    AsJson,
+    answer,
+    leave,
+    say,
+    shown,
+)
+from infctx.cli_surgery import model_app
 from infctx.errors import CheckpointError, InfctxError, MachineError, machine_fault
 
 if TYPE_CHECKING:
     from infctx.assemble import TrainedModel
     from infctx.training.gradient_check import GradientCheck
-
-EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_STOPPED, EXIT_MACHINE = 0, 1, 2, 3, 4
-# What shells report of a program that an interrupt ended: there was no checkpoint to write, or no time for it.
-EXIT_INTERRUPTED = 130
-LARGEST_SEED = 2**63 - 1
 
 app = typer.Typer(
     name="infctx",
@@ -40,7 +47,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-model_app = typer.Typer(help="Make and inspect models.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(model_app, name="model")
 app.add_typer(adapter_app, name="adapter")
 bench_app = typer.Typer(
@@ -71,14 +77,14 @@ def train(
 
     result = run_recipe(loaded, make_progress(sys.stderr), fresh=fresh)
     if result.pop("already_finished"):
-        _say(f"This run is finished: {result['folder']}. Nothing was done; --fresh starts another beside it.")
+        say(f"This run is finished: {result['folder']}. Nothing was done; --fresh starts another beside it.")
     before, after = result["first_val_loss"], result["val_loss"]
     if after is not None and before is not None:
-        _say(f"Validation loss: {before:.4f} before, {after:.4f} after {result['steps']:,} steps.")
+        say(f"Validation loss: {before:.4f} before, {after:.4f} after {result['steps']:,} steps.")
     elif result["train_loss"] is not None:
-        _say(f"Training loss of the last step: {result['train_loss']:.4f}.")
-    _say(f"Run folder: {result['folder']}")
-    _answer(result, as_json)
+        say(f"Training loss of the last step: {result['train_loss']:.4f}.")
+    say(f"Run folder: {result['folder']}")
+    answer(result, as_json)
 
 
 @app.command(epilog="Example: infctx check recipes/quickstart.yaml --gradient")
@@ -100,16 +106,16 @@ def check(
     loaded = _load_recipe(recipe, overrides)
     from infctx.assemble import check_recipe
 
-    lines, measured = check_recipe(loaded, with_gradient=gradient, gradient_tokens=tokens, say=_say)
+    lines, measured = check_recipe(loaded, with_gradient=gradient, gradient_tokens=tokens, say=say)
     if not as_json:
         print("\n".join([*lines, "The recipe is valid: nothing was trained or written."]))
     if measured is None:
-        _answer({"valid": True, "summary": lines}, as_json)
+        answer({"valid": True, "summary": lines}, as_json)
         return
     if not as_json:
         print(_gradient_table(measured))
     window_bias = measured.window_bias or dict.fromkeys(measured.relative_error, 0.0)
-    _answer(
+    answer(
         {
             "relative_error": measured.relative_error,
             "window_bias": window_bias,
@@ -119,7 +125,7 @@ def check(
         as_json,
     )
     if not measured.is_within_bound:
-        _leave(EXIT_BUG, f"The chunked gradient is further than {measured.bound:g} from the unchunked one.")
+        leave(EXIT_BUG, f"The chunked gradient is further than {measured.bound:g} from the unchunked one.")
 
 
 @app.command(epilog="Example: infctx data recipes/instruct_quick.yaml --html data.html")
@@ -148,60 +154,20 @@ def data(
         check_page(html, force=force)
     if binidx is not None:
         check_binidx(binidx, force=force)
-    opened = open_data(loaded, model_file=read_model_file(loaded.model.path, dtype=None), say=_say)
+    opened = open_data(loaded, model_file=read_model_file(loaded.model.path, dtype=None), say=say)
     facts = measure(view_of(loaded, opened), show=show)
     if not as_json:
         show_data(facts, file=sys.stdout)
     if html is not None:
         write_page(facts, html, title=recipe.name, force=force)
-        _say(f"Wrote {html}.")
+        say(f"Wrote {html}.")
     if binidx is not None:
-        _say(write_as_binidx(opened, binidx))
-    _answer(account_with_facts(facts), as_json)
+        say(write_as_binidx(opened, binidx))
+    answer(account_with_facts(facts), as_json)
 
 
-@app.command(epilog="Example: infctx export runs/quickstart --format pth --output finch-mine.pth")
-def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder or a model file.")],
-    output: Annotated[Path, typer.Option(help="The file to write.")],
-    format: Annotated[str, typer.Option(help="pth or safetensors.")] = "pth",
-    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "bf16",
-    adapter: Annotated[
-        Path | None,
-        typer.Option(help="Merge this onto a model file: a .pth of RWKV-PEFT, or a folder in peft's layout."),
-    ] = None,
-    alpha: Alpha = None,
-    start: Start = None,
-    force: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Merge the adapter, write the model, read it back and compare."""
-    import torch
-
-    from infctx.export.catalog import check_output, save_model
-    from infctx.export.verify import max_logit_difference
-
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise InfctxError(f"--dtype {dtype}: expected one of {', '.join(dtypes)}.")
-    check_output(output, format=format, force=force)
-    if adapter is None and (alpha is not None or start is not None):
-        raise InfctxError("--alpha and --init tell of an --adapter; there is none.")
-    trained = _open(source) if adapter is None else _open_with_adapter(source, adapter, alpha=alpha, start=start)
-    # Written and proved under another name: an output that is being replaced stays until then.
-    unproved = output.with_name(f".{output.name}.unproved-{os.getpid()}")
-    try:
-        save_model(trained.model, unproved, format=format, dtype=dtypes[dtype], tokenizer=trained.tokenizer)
-        difference = max_logit_difference(trained.model, unproved)
-        os.replace(unproved, output)
-    except OSError as error:
-        error.filename = str(output)
-        raise
-    finally:
-        unproved.unlink(missing_ok=True)
-    _say(f"Wrote {output} ({format}, {dtype}, {output.stat().st_size:,} bytes).")
-    _say(f"Read back: largest logit difference {difference:.2e} against the float32 source.")
-    _answer({"path": str(output), "format": format, "max_logit_difference": difference}, as_json)
+app.command(epilog="Example: infctx export runs/quickstart --output finch-mine.pth")(export)
+model_app.command("convert", epilog="Example: infctx model convert model.pth --format hf --output model-hf")(convert)
 
 
 @app.command(epilog='Example: infctx generate runs/quickstart --prompt "The for statement" --max-tokens 100')
@@ -251,80 +217,7 @@ def generate(
         raise CheckpointError(f"{source}: {error}") from error
     if not as_json:
         print()
-    _answer({"prompt": prompt, "text": "".join(pieces)}, as_json)
-
-
-@model_app.command("new", epilog="Example: infctx model new --layers 6 --channels 128 --vocab 257 --output tiny.pth")
-def model_new(
-    output: Annotated[Path, typer.Option(help="The file to write, .pth or .safetensors.")],
-    layers: Annotated[int, typer.Option(min=2, help="Layers, at least 2.")],
-    channels: Annotated[int, typer.Option(min=1, help="Channels; a multiple of the head size.")],
-    vocab: Annotated[int, typer.Option(min=2, help="Vocabulary: 65536 for World, 257 for bytes.")] = 65536,
-    version: Annotated[str, typer.Option(help="6 (Finch) or 5.2 (Eagle).")] = "6",
-    head_size: Annotated[int, typer.Option(min=1, help="Channels of one head.")] = 64,
-    ffn: Annotated[int | None, typer.Option(min=1, help="Feed-forward width; 3.5 × channels by default.")] = None,
-    lerp_rank: Annotated[int | None, typer.Option(min=1, help="Rank of Finch's mixes; 32, or 64 at 4096.")] = None,
-    decay_rank: Annotated[int | None, typer.Option(min=1, help="Rank of Finch's decay; 64, or 128 at 4096.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the initial weights.")] = 0,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    force: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Make a model with fresh weights, to train from scratch."""
-    import torch
-
-    from infctx.data.tokenizer import TOKENIZER_OF_VOCAB_SIZE
-    from infctx.export.catalog import check_output, save_model
-    from infctx.model.finch import Finch
-    from infctx.model.init import initialise_, new_config
-
-    if dtype not in ("fp32", "bf16"):
-        raise InfctxError(f"--dtype {dtype}: expected fp32 or bf16.")
-    format = "safetensors" if output.suffix == ".safetensors" else "pth"
-    check_output(output, format=format, force=force)
-    config = new_config(
-        version=version,
-        n_layer=layers,
-        n_embd=channels,
-        vocab_size=vocab,
-        head_size=head_size,
-        dim_ffn=ffn,
-        lerp_rank=lerp_rank,
-        decay_rank=decay_rank,
-    )
-    model = Finch(config)
-    initialise_(model, seed=seed)
-    tokenizer = TOKENIZER_OF_VOCAB_SIZE.get(vocab)
-    save_model(
-        model, output, format=format, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16, tokenizer=tokenizer
-    )
-    count = sum(parameter.numel() for parameter in model.parameters())
-    _say(f"Wrote {output}: {count:,} parameters.")
-    _answer({"path": str(output), "parameters": count}, as_json)
-
-
-@model_app.command("info", epilog="Example: infctx model info RWKV-x060-World-1B6.pth")
-def model_info(
-    path: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file.")], as_json: AsJson = False
-) -> None:
-    """Version and sizes of a model, read from its tensors."""
-    import dataclasses
-
-    from infctx.checkpoint.model_file import read_model_file
-
-    opened = read_model_file(path, dtype=None)
-    parameters = list(opened.model.parameters())
-    facts: dict[str, Any] = {
-        "path": str(path),
-        **dataclasses.asdict(opened.model.config),
-        "parameters": sum(parameter.numel() for parameter in parameters),
-        "dtypes": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters}),
-        "tokenizer": opened.tokenizer,
-        "initial_state": opened.model.blocks[0].time_mix.initial_state is not None,
-    }
-    if not as_json:
-        print("\n".join(f"{key:<15} {_shown(value)}" for key, value in facts.items()))
-    _answer(facts, as_json)
+    answer({"prompt": prompt, "text": "".join(pieces)}, as_json)
 
 
 @bench_app.command("kernels", epilog="Example: infctx bench kernels --threads 1 --output benchmarks/results")
@@ -390,11 +283,11 @@ def bench_kernels(
         output=output,
         console=console,
     )
-    _answer(found, as_json)
+    answer(found, as_json)
     if not found["is_complete"]:
-        _leave(EXIT_STOPPED, "Stopped by SIGINT before everything was measured.")
+        leave(EXIT_STOPPED, "Stopped by SIGINT before everything was measured.")
     if not any(row["pairs"] for row in found["rows"]):
-        _leave(EXIT_BUG, "Nothing could be measured; the lines above say why.")
+        leave(EXIT_BUG, "Nothing could be measured; the lines above say why.")
 
 
 @app.command(epilog="Example: infctx doctor")
@@ -407,8 +300,8 @@ def doctor(as_json: AsJson = False) -> None:
         for section, entries in facts.items():
             print(section)
             for name, value in entries.items():
-                print(f"  {name:<18} {_shown(value)}")
-    _answer(facts, as_json)
+                print(f"  {name:<18} {shown(value)}")
+    answer(facts, as_json)
 
 
 @app.command("recipe-schema", epilog="Example: infctx recipe-schema > recipe.schema.json")
@@ -432,12 +325,12 @@ def recipe_from_infctx(
     translation = translate_config(config)
     if output is not None:
         write_translation(translation, output, config=config, force=force)
-        _say(f"Wrote {output}.")
+        say(f"Wrote {output}.")
     elif not as_json:
         print(translation.text, end="")
-    _say("\n".join(translation.account).strip())
+    say("\n".join(translation.account).strip())
     path = None if output is None else str(output)
-    _answer({"path": path, "recipe": translation.text, **translation.to_json()}, as_json)
+    answer({"path": path, "recipe": translation.text, **translation.to_json()}, as_json)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -449,13 +342,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         app(args=arguments)
     except InfctxError as error:
-        _leave(EXIT_USER, f"Error: {error}")
+        leave(EXIT_USER, f"Error: {error}")
     except SystemExit as done:
         if done.code == EXIT_INTERRUPTED:
-            _leave(EXIT_INTERRUPTED, "Interrupted; nothing since the last checkpoint was saved.")
+            leave(EXIT_INTERRUPTED, "Interrupted; nothing since the last checkpoint was saved.")
         raise
     except Exception as error:
-        _leave(*_judge(error))
+        leave(*_judge(error))
     finally:
         _flush_or_forget()
     sys.exit(EXIT_DONE)
@@ -475,11 +368,6 @@ def _judge(error: Exception) -> tuple[int, str]:
     return EXIT_BUG, "This is a bug of infctx, not yours. Please report it with the lines above and the recipe."
 
 
-def _leave(code: int, message: str) -> NoReturn:
-    _say(message)
-    sys.exit(code)
-
-
 def _flush_or_forget() -> None:
     """What nobody reads any more must not turn into another exit code when Python flushes it at its end."""
     for stream in (sys.stdout, sys.stderr):
@@ -495,16 +383,10 @@ def _open(source: Path) -> TrainedModel:
 
     trained = open_trained(source)
     for reason in trained.skipped:
-        _say(f"Skipped a damaged checkpoint: {reason}")
+        say(f"Skipped a damaged checkpoint: {reason}")
     if trained.step is not None:
-        _say(f"{source}: the model of step {trained.step:,}.")
+        say(f"{source}: the model of step {trained.step:,}.")
     return trained
-
-
-def _open_with_adapter(source: Path, adapter: Path, *, alpha: float | None, start: Path | None) -> TrainedModel:
-    from infctx.assemble import open_with_adapter
-
-    return open_with_adapter(source, adapter, alpha=alpha, start=start)
 
 
 def _load_recipe(path: Path, overrides: list[str] | None) -> Any:

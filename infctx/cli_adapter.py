@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from infctx.cli_answer import AsJson, answer, say, shown
+from infctx.cli_output import AsJson, answer, say, shown
 from infctx.errors import InfctxError
 
 adapter_app = typer.Typer(

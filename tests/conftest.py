@@ -20,6 +20,10 @@ from infctx.model.finch import Finch
 from infctx.model.init import initialise_, new_config
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--llama-python", help="a Python that has llama-cpp-python: its llama.cpp reads our GGUF files")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():

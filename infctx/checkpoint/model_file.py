@@ -12,15 +12,13 @@ from torch import Tensor, nn
 
 from infctx.checkpoint.layouts.catalog import to_official
 from infctx.checkpoint.layouts.rows import check_names
-from infctx.checkpoint.weights import read_stored
+from infctx.checkpoint.weights import TOKENIZER_KEY, read_stored
 from infctx.errors import CheckpointError
 from infctx.model import finch_keys
 from infctx.model.config import FinchConfig
 from infctx.model.finch import Finch
 from infctx.model.tensors import ModelTensors, StoredTensor
 
-# Key of our safetensors metadata: which tokenizer the model's ids belong to.
-TOKENIZER_KEY = "infctx.tokenizer"
 # Enough of every tensor to tell two models apart, little enough to take no time at 14 B parameters.
 FINGERPRINT_VALUES = 64
 
@@ -66,7 +64,7 @@ def open_model(path: str | Path, *, is_streamed: bool = False) -> ModelTensors:
         CheckpointError: names the file, the tensor, what was expected and what was found.
     """
     stored, metadata = read_stored(path, is_streamed=is_streamed)
-    tensors = to_official(stored, file=str(path))
+    tensors = to_official(stored, metadata, file=str(path))
     config = finch_keys.read_config(tensors, file=str(path))
     return ModelTensors(
         config=config,
@@ -108,7 +106,7 @@ def official_tensors(model: Finch) -> dict[str, Tensor]:
 
 
 def fingerprint(source: ModelTensors) -> str:
-    """Tells other weights apart, from a part of each tensor's values; the same in every layout and for squeezed shapes."""
+    """Tells other weights apart, from a part of each tensor's values; the same in every layout."""
     digest = hashlib.sha256()
     for name in sorted(source.tensors):
         stored = source.tensors[name]

@@ -5,13 +5,13 @@ Source of the format: torch/serialization.py. A zip file with the records `NAME/
 """
 
 import mmap
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from infctx.checkpoint.mapped_memory import map_file
 from infctx.checkpoint.tensor_pickle import StorageReference, TensorRecord, read_tensor_pickle
 from infctx.checkpoint.zip_entries import ZipEntry, list_zip_entries, skip_local_header
 from infctx.errors import CheckpointError
@@ -29,7 +29,8 @@ def read_pth(path: Path | str) -> dict[str, Tensor]:
     Raises: CheckpointError for anything but a whole file of dense tensors.
     """
     path = Path(path)
-    data = _map_file(path)
+    data = map_file(path, expected="a .pth file")
+    _check_magic(data, path)
     try:
         entries = list_zip_entries(data, path)
     except CheckpointError as error:
@@ -55,22 +56,6 @@ def read_pth(path: Path | str) -> dict[str, Tensor]:
     records = _check_table(read_tensor_pickle(pickled, path), path)
     storages = _Storages(data=data, entries=entries, folder=folder, path=path)
     return {name: storages.build(name, record) for name, record in records.items()}
-
-
-def _map_file(path: Path) -> mmap.mmap:
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise CheckpointError(f"{path}: is {kind}; expected a .pth file.")
-        if status.st_size == 0:
-            raise CheckpointError(f"{path}: truncated: the file is empty (0 bytes). Fetch the file again.")
-        with path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}. Check the path.") from error
-    _check_magic(data, path)
-    return data
 
 
 def _check_magic(data: mmap.mmap, path: Path) -> None:

@@ -1,19 +1,23 @@
 """Read and write .safetensors files.
 
-Reading is the safetensors library's, after the header has been checked for messages a person can use. Writing is ours:
-the library's does not name a full disk as such, copies each tensor, and orders the metadata at random.
+The safetensors library judges a header, after it has been checked for messages a person can use. Mapping is ours: torch
+cannot map a file larger than the memory. Writing is ours: the library's does not name a full disk as such, copies each
+tensor, and orders the metadata at random.
 Source of the format: the README of huggingface/safetensors.
 """
 
 import json
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from infctx.checkpoint.atomic import write_file_atomically
+from infctx.checkpoint.mapped_memory import map_file
 from infctx.checkpoint.raw_bytes import raw_bytes
 from infctx.errors import CheckpointError
 from infctx.model.tensors import StoredTensor
@@ -37,6 +41,7 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -45,13 +50,29 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Returns: tensors by name, metadata.
     Raises: CheckpointError naming the file.
     """
-    _check_header(path)
+    header, start = _check_header(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
-            return tensors, dict(file.metadata() or {})
+        with safe_open(path, framework="np") as file:
+            names, metadata = list(file.keys()), dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: damaged: {str(error)[:300]}. Fetch or write the file again.") from error
+    data = map_file(path, expected="a .safetensors file")
+    return {name: _tensor(name, header[name], data, start, path) for name in names}, metadata
+
+
+def _tensor(name: str, facts: dict[str, Any], data: mmap.mmap, start: int, path: Path) -> Tensor:
+    """One tensor of a file whose header the library has accepted: offsets, sizes and types agree."""
+    if facts["dtype"] not in _DTYPES:
+        raise CheckpointError(f"{path}: tensor {name}: its type {facts['dtype']} is none of {', '.join(_DTYPES)}.")
+    dtype, (begin, end) = _DTYPES[facts["dtype"]], facts["data_offsets"]
+    if begin == end:
+        return torch.empty(facts["shape"], dtype=dtype)
+    if (start + begin) % dtype.itemsize:
+        # Other writers may not pad; kernels expect aligned numbers.
+        flat = torch.frombuffer(bytearray(data[start + begin : start + end]), dtype=dtype)
+    else:
+        flat = torch.frombuffer(data, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=start + begin)
+    return flat.view(facts["shape"])
 
 
 def write_safetensors(
@@ -96,8 +117,11 @@ def write_safetensors(
     write_file_atomically(path, write)
 
 
-def _check_header(path: Path) -> None:
-    """Catch what the library accepts or reports without a reason: cut-off files, huge headers, names given twice."""
+def _check_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Catch what the library accepts or reports without a reason: cut-off files, huge headers, names given twice.
+
+    Returns: the header, and where the numbers begin.
+    """
     try:
         found_bytes = path.stat().st_size
         with path.open("rb") as file:
@@ -128,6 +152,7 @@ def _check_header(path: Path) -> None:
         raise CheckpointError(
             f"{path}: truncated or damaged: expected {expected_bytes} bytes, found {found_bytes}. Fetch the file again."
         )
+    return header, 8 + header_bytes
 
 
 def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -113,18 +113,22 @@ def checked_ids(ids: TokenIds | Sequence[int], tokenizer: Tokenizer) -> npt.NDAr
     return array
 
 
-def _world_lines() -> list[str]:
+def world_vocabulary_text() -> str:
+    """The World vocabulary file, as its package carries it."""
+    return importlib.resources.files(pyrwkv_tokenizer).joinpath(_WORLD_VOCABULARY_FILE).read_text(encoding="utf-8")
+
+
+def world_lines() -> list[str]:
     """A line for each World id from 1: the id, a literal, and the number of bytes."""
-    text = importlib.resources.files(pyrwkv_tokenizer).joinpath(_WORLD_VOCABULARY_FILE).read_text(encoding="utf-8")
     # Not splitlines(), which would also cut at characters that a token may hold.
-    return text.rstrip("\n").split("\n")
+    return world_vocabulary_text().rstrip("\n").split("\n")
 
 
 @functools.cache
 def _world_tokens() -> tuple[bytes, ...]:
     """The bytes of every World id; id 0 has none."""
     tokens = [b""]
-    for line in _world_lines():
+    for line in world_lines():
         number, rest = line.split(" ", 1)
         literal, num_bytes = rest.rsplit(" ", 1)
         value = ast.literal_eval(literal)
@@ -138,7 +142,7 @@ def _world_tokens() -> tuple[bytes, ...]:
 @functools.cache
 def _world_byte_lengths() -> npt.NDArray[np.int64]:
     # Not from the tokens: their 65 529 literals take half a second, which every worker would spend.
-    return np.array([0, *(int(line.rpartition(" ")[2]) for line in _world_lines())], dtype=np.int64)
+    return np.array([0, *(int(line.rpartition(" ")[2]) for line in world_lines())], dtype=np.int64)
 
 
 # Cached here rather than on the instance: the Rust object cannot be pickled, a WorldTokenizer can.

@@ -1,33 +1,129 @@
-"""Proof of an export: read it back and compare its logits with the source's."""
+"""Proof of an export: read it back and compare its logits with the source's, one layer in memory at a time."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import copy
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
-from infctx.checkpoint.model_file import load_model
 from infctx.errors import CheckpointError
-from infctx.model.finch import Finch
+from infctx.model import finch_keys
+from infctx.model.finch import Block, Finch, LayerNorm
+from infctx.model.state import ModelState
+from infctx.model.tensors import ModelTensors
 
 PROBE_TOKENS = 64
+# Rows of the head that are float32 at once.
+_HEAD_ROWS = 8192
 
 
-@torch.no_grad()
-def max_logit_difference(model: Finch, path: str | Path) -> float:
-    """Largest absolute difference between the logits of `model` and those of the file, over a fixed probe sequence.
+def max_logit_difference(expected: Finch | ModelTensors, found: Finch | ModelTensors) -> float:
+    """Largest absolute difference between the logits of two models over a fixed probe sequence, in float32.
 
     Raises:
         CheckpointError: either has logits that are not finite, so that nothing can be compared.
     """
+    return float((probe_logits(found) - probe_logits(expected)).abs().max())
+
+
+@torch.no_grad()
+def probe_logits(
+    model: Finch | ModelTensors, *, dtype: torch.dtype = torch.float32, num_ids: int | None = None
+) -> Tensor:
+    """Logits of the probe sequence, [T, V], computed in `dtype` on the CPU whatever the weights are stored in.
+
+    A model of 14B parameters takes the memory of one layer and of its embedding: each layer is read, used and dropped.
+    Args: num_ids: the probe is of ids below this, for models that share no others; None = of all.
+    Raises:
+        CheckpointError: they are not finite.
+    """
+    parts = _parts_of_model(model, dtype) if isinstance(model, Finch) else _parts_of_tensors(model, dtype)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(1, model.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
-    expected, _ = model(tokens)
-    found, _ = load_model(path)(tokens)
-    for logits, what in ((expected, "the source"), (found, "the export, read back")):
-        if not bool(torch.isfinite(logits).all()):
-            raise CheckpointError(
-                f"the logits of {what} are not finite; nothing was written. "
-                "The weights are damaged, the training diverged, or they are too large for this dtype."
-            )
-    return float((found - expected).abs().max())
+    tokens = torch.randint(1, num_ids or model.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
+    x = parts.embed(tokens)
+    zeros = ModelState.zeros(model.config, 1, dtype=dtype, device="cpu")
+    for layer, block in enumerate(parts.blocks()):
+        wkv, att_shift, ffn_shift = (tensor[layer] for tensor in zeros)
+        if block.time_mix.initial_state is not None:
+            wkv = block.time_mix.initial_state[None].to(dtype)
+        x, *_ = block(x, wkv, att_shift, ffn_shift, None)
+    logits = parts.head(x)[0]
+    if not bool(torch.isfinite(logits).all()):
+        origin = "the model" if isinstance(model, Finch) else model.origin
+        raise CheckpointError(
+            f"the logits of {origin} are not finite; nothing was written. The weights are damaged, the training "
+            "diverged, or they are too large for this dtype."
+        )
+    return logits
+
+
+class _Parts(NamedTuple):
+    """embed: tokens -> normalised embeddings. blocks: one after the other. head: residual stream -> logits."""
+
+    embed: Callable[[Tensor], Tensor]
+    blocks: Callable[[], Iterator[Block]]
+    head: Callable[[Tensor], Tensor]
+
+
+def _parts_of_model(model: Finch, dtype: torch.dtype) -> _Parts:
+    """Copies of a model's modules, so that adapters in them take part; the model is left as it is."""
+
+    def embed(tokens: Tensor) -> Tensor:
+        return _copied(model.input_norm, dtype)(model.embedding(tokens).to(dtype))
+
+    def blocks() -> Iterator[Block]:
+        for block in model.blocks:
+            yield _copied(block, dtype)
+
+    def head(x: Tensor) -> Tensor:
+        hidden = _copied(model.output_norm, dtype)(x)
+        if type(model.head) is not nn.Linear and not hasattr(model.head, "base_layer"):
+            return _times_rows(hidden, model.head.weight, dtype)
+        return _copied(model.head, dtype)(hidden)
+
+    return _Parts(embed, blocks, head)
+
+
+def _parts_of_tensors(source: ModelTensors, dtype: torch.dtype) -> _Parts:
+    def norm(name: str) -> LayerNorm:
+        module = LayerNorm(source.config.n_embd, eps=source.config.layer_norm_eps).to(dtype)
+        module.weight.copy_(source.tensors[f"{name}.weight"].read())
+        module.bias.copy_(source.tensors[f"{name}.bias"].read())
+        return module
+
+    def embed(tokens: Tensor) -> Tensor:
+        return norm("blocks.0.ln0")(source.tensors["emb.weight"].read()[tokens].to(dtype))
+
+    def blocks() -> Iterator[Block]:
+        has_state = finch_keys.has_initial_state(source.tensors)
+        with torch.device("meta"):
+            block = Block(source.config, has_initial_state=has_state)
+        for layer in range(source.config.n_layer):
+            for row in finch_keys.key_rows(source.config, has_initial_state=has_state):
+                prefix = f"blocks.{layer}."
+                if row.ours.startswith(prefix):
+                    name = row.ours.removeprefix(prefix)
+                    shape = block.get_parameter(name).shape
+                    value = finch_keys.from_official(
+                        row, source.tensors[row.official].read(), shape, file=source.origin
+                    )
+                    owner, _, last = name.rpartition(".")
+                    setattr(block.get_submodule(owner), last, nn.Parameter(value.to(dtype).contiguous()))
+            yield block
+
+    def head(x: Tensor) -> Tensor:
+        return _times_rows(norm("ln_out")(x), source.tensors["head.weight"].read(), dtype)
+
+    return _Parts(embed, blocks, head)
+
+
+def _times_rows(hidden: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """hidden @ matrix.T, some rows of the matrix at a time in `dtype`."""
+    return torch.cat([hidden @ rows.to(dtype).t() for rows in matrix.split(_HEAD_ROWS)], dim=-1)
+
+
+def _copied(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return copy.deepcopy(module).to(dtype)

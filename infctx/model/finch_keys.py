@@ -262,7 +262,7 @@ def _version(tensors: Mapping[str, StoredTensor], *, file: str) -> str:
         return "5.2"
     if any(key.startswith(("model.layers.", "layers.")) for key in keys):
         raise CheckpointError(
-            f"{file}: this is a model of another architecture in a Hugging Face layout. infctx reads RWKV-6 and RWKV-5.2."
+            f"{file}: this is another architecture's model in a Hugging Face layout. infctx reads RWKV-6 and RWKV-5.2."
         )
     found = ", ".join(sorted(keys)[:3]) or "no tensors"
     raise CheckpointError(f"{file}: not an RWKV checkpoint: no blocks.0.att.* tensors. Found {found}, …")

@@ -36,7 +36,8 @@ def new_config(
         raise RecipeError(f"version {version!r}: expected one of {', '.join(BLOCK_PARTS)}.")
     if n_embd % head_size:
         raise RecipeError(f"channels {n_embd}: expected a multiple of the head size {head_size}.")
-    is_finch, is_wide = version == "6", n_embd == 4096
+    lerp, decay = default_ranks(n_embd)
+    is_finch = version == "6"
     return FinchConfig(
         version=version,
         n_layer=n_layer,
@@ -45,9 +46,14 @@ def new_config(
         head_size=head_size,
         n_head=n_embd // head_size,
         dim_ffn=dim_ffn or max(1, int(3.5 * n_embd) // 32 * 32),
-        lerp_rank=(lerp_rank or (64 if is_wide else 32)) if is_finch else 0,
-        decay_rank=(decay_rank or (128 if is_wide else 64)) if is_finch else 0,
+        lerp_rank=(lerp_rank or lerp) if is_finch else 0,
+        decay_rank=(decay_rank or decay) if is_finch else 0,
     )
+
+
+def default_ranks(n_embd: int) -> tuple[int, int]:
+    """Widths of a Finch's low-rank pairs, of the mixes and of the decay, in the released models of this width."""
+    return (64, 128) if n_embd == 4096 else (32, 64)
 
 
 @torch.no_grad()

@@ -117,7 +117,7 @@ def test_other_suffixes_are_read_by_content(tmp_path, name):
     assert read_tensors(tmp_path / name)[1] == {"k": "v"}
     write_pth(tmp_path / name, {"a": torch.ones(2)})
     assert read_tensors(tmp_path / name)[1] == {}
-    (tmp_path / name).write_bytes(b"GGUF and more")
+    (tmp_path / name).write_bytes(b"GGML and more")
     with pytest.raises(CheckpointError, match=r"neither a \.pth nor a \.safetensors"):
         read_tensors(tmp_path / name)
 
@@ -282,3 +282,20 @@ def test_a_full_disk_is_an_oserror(tmp_path, write, limit_bytes):
 
 def test_public_names():
     assert set(weights.__all__) == {"read_stored", "read_tensors", "write_pth", "write_safetensors"}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="needs Linux's account of the memory")
+def test_a_file_larger_than_the_memory_is_mapped(tmp_path):
+    """As a 28 GB model is on a machine of 24 GB; the file has a hole where its numbers would be."""
+    with open("/proc/meminfo") as file:
+        memory = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file}
+    num_elements = (memory["MemTotal"] + memory["SwapTotal"]) // 2 + (1 << 30)
+    path = tmp_path / "large.safetensors"
+    facts = {"dtype": "BF16", "shape": [num_elements], "data_offsets": [0, 2 * num_elements]}
+    header = json.dumps({"a": facts}).encode()
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(path, 8 + len(header) + 2 * num_elements)
+    tensor = read_tensors(path)[0]["a"]
+    assert tensor.shape == (num_elements,)
+    assert float(tensor[num_elements // 2]) == 0.0

@@ -19,6 +19,11 @@ COMMANDS = {
     "generate": ["generate"],
     "model new": ["model", "new"],
     "model info": ["model", "info"],
+    "model upgrade": ["model", "upgrade"],
+    "model grow": ["model", "grow"],
+    "model vocabulary": ["model", "vocabulary"],
+    "model merge": ["model", "merge"],
+    "model convert": ["model", "convert"],
     "adapter import": ["adapter", "import"],
     "adapter export": ["adapter", "export"],
     "adapter info": ["adapter", "info"],
@@ -58,7 +63,7 @@ def test_help_of_everything_names_every_command(cli: Any) -> None:
         "recipe-schema",
     ):
         assert re.search(rf"^\s*{name}\b", top, re.M), name
-    for name in ("new", "info"):
+    for name in ("new", "info", "upgrade", "grow", "vocabulary", "merge"):
         assert re.search(rf"^\s*{name}\b", below, re.M), name
 
 

@@ -1,7 +1,9 @@
 """The layout of flash-linear-attention's RWKV6ForCausalLM (Finch only).
 
-Its low-rank pairs are stored the other way round, and its five mixes in another order. Source: fla/models/rwkv6 and
-fla/layers/rwkv6 of that project.
+Its low-rank pairs are stored the other way round, and its five mixes in another order. Its group norm has the epsilon
+of the other norms, 1e-5, where RWKV has 64e-5. The values are linear in what is normed, so values divided by 8 give the
+same numbers with the smaller epsilon, and division by 8 rounds nothing: what we write says so in its metadata. Folders
+of others hold the values as they are. Source: fla/models/rwkv6 and fla/layers/rwkv6 of that project.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ _LAYERS = "model.layers."
 _TO_THEIRS = [3, 0, 1, 2, 4]
 _TO_OFFICIAL = [1, 2, 3, 0, 4]
 _MIXES = ("r", "w", "k", "v", "g")
+# The metadata key of what the values are multiplied by, and what we write.
+VALUE_SCALE_KEY = "infctx.fla_value_scale"
+VALUE_SCALE = 0.125
 
 
 def is_fla(names: Mapping[str, StoredTensor]) -> bool:
@@ -33,26 +38,26 @@ def fla_num_layers(names: Mapping[str, StoredTensor]) -> int:
     return len({name.split(".")[2] for name in names if name.startswith(_LAYERS)})
 
 
-def fla_rows(config: FinchConfig) -> list[LayoutRow]:
-    """Every tensor of a Finch."""
-    return list(_rows(config))
+def fla_rows(config: FinchConfig, *, value_scale: float) -> list[LayoutRow]:
+    """Every tensor of a Finch. value_scale: what the values are multiplied by there."""
+    return list(_rows(config, value_scale))
 
 
-def _rows(config: FinchConfig) -> Iterator[LayoutRow]:
+def _rows(config: FinchConfig, value_scale: float) -> Iterator[LayoutRow]:
     yield one_to_one("model.embeddings.weight", "emb.weight")
     for i in range(config.n_layer):
         theirs, official = f"{_LAYERS}{i}", f"blocks.{i}"
         if i == 0:
             yield from _norm(f"{theirs}.pre_norm", f"{official}.ln0")
         yield from _norm(f"{theirs}.attn_norm", f"{official}.ln1")
-        yield from _time_mix(f"{theirs}.attn", f"{official}.att")
+        yield from _time_mix(f"{theirs}.attn", f"{official}.att", value_scale)
         yield from _norm(f"{theirs}.ffn_norm", f"{official}.ln2")
         yield from _channel_mix(f"{theirs}.ffn", f"{official}.ffn")
     yield from _norm("model.norm", "ln_out")
     yield one_to_one("lm_head.weight", "head.weight")
 
 
-def _time_mix(theirs: str, official: str) -> Iterator[LayoutRow]:
+def _time_mix(theirs: str, official: str, value_scale: float) -> Iterator[LayoutRow]:
     yield _vector(f"{theirs}.x_proj.0.mu", f"{official}.time_maa_x")
     yield one_to_one(
         f"{theirs}.x_proj.0.linear.weight",
@@ -72,8 +77,14 @@ def _time_mix(theirs: str, official: str) -> Iterator[LayoutRow]:
         lambda tensors: torch.stack([tensor.reshape(-1) for tensor in tensors]),
         lambda tensor: list(tensor.unbind(0)),
     )
-    for short, long in (("r", "receptance"), ("k", "key"), ("v", "value"), ("g", "gate")):
+    for short, long in (("r", "receptance"), ("k", "key"), ("g", "gate")):
         yield one_to_one(f"{theirs}.{short}_proj.linear.weight", f"{official}.{long}.weight")
+    yield one_to_one(
+        f"{theirs}.v_proj.linear.weight",
+        f"{official}.value.weight",
+        write=lambda x: x * value_scale,
+        read=lambda x: x / value_scale,
+    )
     yield _transposed(f"{theirs}.w_proj.linear.lora.0.weight", f"{official}.time_decay_w1")
     yield _transposed(f"{theirs}.w_proj.linear.lora.2.weight", f"{official}.time_decay_w2")
     yield _vector(f"{theirs}.w_proj.linear.lora.2.bias", f"{official}.time_decay")

@@ -1,0 +1,50 @@
+"""How commands speak: to people on stderr, to programs as one JSON object on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_STOPPED, EXIT_MACHINE = 0, 1, 2, 3, 4
+# What shells report of a program that an interrupt ended: there was no checkpoint to write, or no time for it.
+EXIT_INTERRUPTED = 130
+LARGEST_SEED = 2**63 - 1
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def say(text: str) -> None:
+    """Tell a person."""
+    with contextlib.suppress(OSError, ValueError):  # Nobody may be reading any more.
+        print(text, file=sys.stderr)
+
+
+def answer(result: dict[str, Any], as_json: bool) -> None:
+    """Tell a program, if one asked."""
+    if as_json:
+        print(json.dumps({key: _json_value(value) for key, value in result.items()}, allow_nan=False))
+
+
+def shown(value: object) -> str:
+    """A fact as a person reads it."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {shown(part)}" for key, part in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def leave(code: int, message: str) -> NoReturn:
+    """Tell a person why, and end with an exit code."""
+    say(message)
+    sys.exit(code)
+
+
+def _json_value(value: object) -> object:
+    """JSON has no infinity and no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
