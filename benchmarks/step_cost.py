@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import infctx
-from infctx.adapters.catalog import ATTACH
+from infctx.adapters.peft_adapters import attach_lora
 from infctx.model.finch import Finch
 from infctx.model.init import initialise_, new_config
 from infctx.training.chunked import Window
@@ -95,7 +95,7 @@ def make_model(adapter: str, *, layers: int, channels: int) -> Finch:
     initialise_(model, seed=0)
     if adapter == "lora":
         targets = ["receptance", "key", "value", "gate", "output"]
-        ATTACH["lora"](model, rank=16, alpha=32.0, dropout=0.0, targets=targets, train_also=[])
+        attach_lora(model, rank=16, alpha=32.0, dropout=0.0, targets=targets, train_also=[])
     return model.train()
 
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import infctx
-from infctx.adapters.catalog import ATTACH, Adapter
+from infctx.adapters.adapter import Adapter
 from infctx.adapters.model_changes import ModelChanges
-from infctx.checkpoint.atomic import remove_tree, remove_unfinished, replace_directory, write_file_atomically
+from infctx.checkpoint.atomic import remove_tree, remove_unfinished, write_file_atomically
 from infctx.checkpoint.model_file import ModelFile, open_model, read_model_file, tensors_of
 from infctx.checkpoint.run_lock import RunLock
 from infctx.checkpoint.run_state import RunState, load_run_state
@@ -28,6 +28,7 @@ from infctx.model.state import ModelState
 from infctx.model.tensors import ModelTensors
 from infctx.recipe.load import load_recipe, recipe_differences, write_recipe
 from infctx.recipe.schema import Recipe
+from infctx.run_adapter import adapter_writer, attach_adapter, keep_start, read_start, start_digest, start_of
 from infctx.run_data import RunData, Say, data_from_anywhere, open_data, step_source
 from infctx.training.activation_memory import should_recompute
 from infctx.training.boundary_store import BoundaryPlan, choose_store, free_bytes, free_host_bytes, state_bytes
@@ -40,6 +41,7 @@ from infctx.training.metrics import MetricsLog
 from infctx.training.optim import LearningRate, make_adamw, parameter_groups
 from infctx.training.precision import apply_precision_
 from infctx.training.progress import LoggedProgress, Progress
+from infctx.training.resume import check_start
 from infctx.training.run import LoopSettings, Run
 from infctx_kernels import BackendError, choose_backend
 
@@ -113,6 +115,7 @@ def _run_in_folder(recipe: Recipe, parts: _Parts, progress: Progress, folder: Pa
     remove_unfinished(folder)
     write_recipe(_with_choices(recipe, parts), folder / RECIPE_FILE)
     _write_json(folder / LEDGER_FILE, parts.data.account())
+    keep_start(parts.adapter, folder, base_fingerprint=parts.model_file.fingerprint)
     # A killed run's boundaries are worth nothing to the next one.
     remove_tree(folder / BOUNDARY_FOLDER)
     try:
@@ -178,7 +181,9 @@ def open_trained(path: str | Path) -> TrainedModel:
         raise CheckpointError(f"{path}: this run has no checkpoint yet. Let it train to its first one.")
     opened = read_model_file(recipe.model.path)
     _check_base(recipe, opened, loaded.state, folder=path)
-    adapter = _attach(recipe, opened.model)
+    start = read_start(recipe.adapter, path, base_fingerprint=opened.fingerprint)
+    check_start(loaded.state.facts, start_digest(start), folder=path)
+    adapter = attach_adapter(recipe.adapter.resolved(), opened.model, start=start)
     parameters = dict(opened.model.named_parameters())
     with torch.no_grad():
         for name, tensor in loaded.state.tensors["trainable"].items():
@@ -257,7 +262,9 @@ def _open_parts(recipe: Recipe, say: Say) -> _Parts:
     num_base_parameters = sum(parameter.numel() for parameter in model_file.model.parameters())
     # New adapter weights are drawn from the global generator.
     torch.manual_seed(recipe.run.seed)
-    adapter = _attach(recipe, model_file.model)
+    start = read_start(recipe.adapter, Path(recipe.run.folder), base_fingerprint=model_file.fingerprint)
+    frozen_dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
+    adapter = attach_adapter(recipe.adapter, model_file.model, start=start, frozen_dtype=frozen_dtype)
     apply_precision_(model_file.model, engine.precision)
     return _Parts(
         engine=engine,
@@ -290,20 +297,6 @@ def _filled_in(recipe: Recipe, begun: Recipe) -> Recipe:
         open_keys = {key: getattr(then, key) for key in keys if getattr(now, key) == "auto"}
         sections[name] = now.model_copy(update=open_keys)
     return recipe.model_copy(update=sections)
-
-
-def _attach(recipe: Recipe, model: Finch) -> Adapter:
-    section = recipe.adapter
-    if section.kind == "full":
-        return ATTACH["full"](model, freeze=section.freeze)
-    return ATTACH["lora"](
-        model,
-        rank=section.rank,
-        alpha=section.alpha if section.alpha is not None else 2.0 * section.rank,
-        dropout=section.dropout,
-        targets=section.targets,
-        train_also=section.train_also,
-    )
 
 
 def _set_up(recipe: Recipe, parts: _Parts) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -360,10 +353,11 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
         facts={
             "tokenizer": parts.data.tokenizer,
             "base_fingerprint": parts.model_file.fingerprint,
+            "adapter_start": start_digest(start_of(parts.adapter)),
             "infctx": infctx.__version__,
             "torch": torch.__version__,
         },
-        save_adapter=_adapter_writer(parts.adapter, folder / "adapter"),
+        save_adapter=adapter_writer(parts.adapter, folder / "adapter", base_fingerprint=parts.model_file.fingerprint),
         trimmer=HeapTrimmer(parts.engine.device),
     )
 
@@ -414,23 +408,12 @@ def _memory_in_words(parts: _Parts, *, is_recomputed: bool) -> str:
     return f"memory     activations of a chunk {activations}; boundary states {places[parts.boundaries.where]}{thinned}"
 
 
-def _adapter_writer(adapter: Adapter, folder: Path) -> Callable[[], None]:
-    """Writes the adapter folder anew; a full fine-tune has none."""
-
-    def write() -> None:
-        if adapter.has_files:
-            replace_directory(folder, adapter.save, overwrite=True)
-
-    return write
-
-
 def _headline(recipe: Recipe, parts: _Parts) -> list[str]:
     """What a run is, in words, before it starts."""
     model, data = parts.model_file.model, parts.data
     config = model.config
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     name = {"6": "Finch (RWKV-6)", "5.2": "Eagle (RWKV-5.2)"}[config.version]
-    kind = "full" if recipe.adapter.kind == "full" else f"LoRA rank {recipe.adapter.rank}"
     documents = f"{len(data.training):,} document{'' if len(data.training) == 1 else 's'}"
     train_tokens = data.training.num_tokens
     held_out = data.validation.num_tokens if data.validation else 0
@@ -438,7 +421,7 @@ def _headline(recipe: Recipe, parts: _Parts) -> list[str]:
     return [
         f"model      {name}, {config.n_layer} layers × {config.n_embd} channels, "
         f"{parts.num_base_parameters:,} parameters",
-        f"trained    {trained:,} parameters ({kind})",
+        f"trained    {trained:,} parameters ({recipe.adapter.in_words()})",
         f"data       {documents}, {train_tokens:,} tokens ({data.tokenizer}); held out {held_out:,} tokens{rejected}",
         f"gradient   {window_in_words(recipe)}",
         f"machine    {parts.engine.device}, {parts.engine.precision}, WKV6 backend {parts.backend}"

@@ -48,6 +48,7 @@ def random_finch(
     lerp_rank: int = 4,
     decay_rank: int = 6,
     has_initial_state: bool = False,
+    has_initial_shifts: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Finch:
@@ -62,7 +63,7 @@ def random_finch(
         lerp_rank=lerp_rank,
         decay_rank=decay_rank,
     )
-    model = Finch(config, has_initial_state=has_initial_state)
+    model = Finch(config, has_initial_state=has_initial_state, has_initial_shifts=has_initial_shifts)
     initialise_(model, seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

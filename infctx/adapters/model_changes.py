@@ -9,7 +9,7 @@ from torch import Tensor
 
 from infctx.adapters.weight_updates import Update
 from infctx.errors import CheckpointError
-from infctx.model.finch_keys import is_time_state, key_rows, layer_of
+from infctx.model.finch_keys import is_initial_shift, is_start, is_time_state, key_rows, layer_of
 from infctx.model.tensors import ModelTensors, StoredTensor
 
 
@@ -45,12 +45,16 @@ def apply_to(base: ModelTensors, changes: ModelChanges, *, file: str) -> ModelTe
     """
     _check_layers(base, changes, file=file)
     replaced = {name: _fitted(name, tensor, base, file=file) for name, tensor in changes.replaced.items()}
-    has_state = any(map(is_time_state, [*base.tensors, *replaced]))
+    starts = [name for name in (*base.tensors, *replaced) if is_start(name)]
     tensors = {}
-    for row in key_rows(base.config, has_initial_state=has_state):
+    for row in key_rows(
+        base.config,
+        has_initial_state=any(map(is_time_state, starts)),
+        has_initial_shifts=any(map(is_initial_shift, starts)),
+    ):
         name = row.official
         if name not in replaced and name not in base.tensors:
-            raise CheckpointError(f"{file}: {name} is missing; expected the state of all {base.config.n_layer} layers.")
+            raise CheckpointError(f"{file}: {name} is missing; expected it in all {base.config.n_layer} layers.")
         stored = StoredTensor.of(replaced[name]) if name in replaced else base.tensors[name]
         update = changes.updates.get(name.removesuffix(".weight"))
         tensors[name] = stored if update is None else _updated(name, stored, update, file=file)
@@ -63,7 +67,7 @@ def _check_layers(base: ModelTensors, changes: ModelChanges, *, file: str) -> No
         layer = layer_of(name)
         if layer is not None and layer > last:
             raise CheckpointError(f"{file}: {name}: expected layers 0 to {last}, as in the base {base.origin}.")
-        if name not in base.tensors and not is_time_state(name):
+        if name not in base.tensors and not is_start(name):
             raise CheckpointError(
                 f"{file}: {name}: the base {base.origin}, an RWKV-{base.config.version} model, has no such tensor. "
                 "Give the base it was trained on."
@@ -81,8 +85,9 @@ def _check_layers(base: ModelTensors, changes: ModelChanges, *, file: str) -> No
 
 def _fitted(name: str, tensor: Tensor, base: ModelTensors, *, file: str) -> Tensor:
     """A whole tensor in the shape official files give it; squeezed ones are accepted."""
-    size = base.config.head_size
-    expected = base.tensors[name].shape if name in base.tensors else (base.config.n_head, size, size)
+    config = base.config
+    start = (config.n_head, config.head_size, config.head_size) if is_time_state(name) else (config.n_embd,)
+    expected = base.tensors[name].shape if name in base.tensors else start
     if [n for n in tensor.shape if n != 1] != [n for n in expected if n != 1]:
         raise CheckpointError(
             f"{file}: tensor {name}: expected shape {list(expected)}, as in {base.origin}; found {list(tensor.shape)}. "

@@ -1,77 +1,102 @@
-"""LoRA through peft, by name on the model's matrices; raw parameters are unfrozen beside it and saved beside it."""
+"""Adapters through peft, by name on the model's matrices; raw parameters are unfrozen beside them and saved beside."""
 
 from __future__ import annotations
 
-import errno
+import copy
+import dataclasses
 import json
-import os
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from infctx.adapters.patterns import matching_parameters, nearest_names
+from infctx.adapters.adapter_folder import (
+    PEFT_CONFIG,
+    PEFT_TENSORS,
+    TRAINED_PARAMETERS,
+    AdapterFacts,
+    write_facts,
+    write_readme,
+    write_tensors,
+    write_trained,
+)
+from infctx.adapters.base_weight import exact_values, set_base_weight_
+from infctx.adapters.patterns import matching_parameters
+from infctx.adapters.peft_kinds import EMBEDDING_KINDS, PRINCIPAL_KINDS, PeftSettings, check_ranks, peft_config
+from infctx.adapters.peft_merge import merged_weight, set_exact_magnitude_
+from infctx.adapters.principal import ADAPTER, as_plain_lora, begin_from_principal_part_
+from infctx.adapters.state_tuning import add_start_parameters_
+from infctx.adapters.targets import by_matrix, target_matrices
 from infctx.errors import RecipeError
+from infctx.model.finch import Finch
 
-TRAINED_PARAMETERS = "trained_parameters.safetensors"
-ADAPTER_README = f"""# A LoRA adapter of an RWKV model, in peft's layout
+if TYPE_CHECKING:
+    import peft
 
-It belongs to the base model that `model.path` names in the `recipe.yaml` beside this folder, and to no other:
-
-    model = peft.PeftModel.from_pretrained(infctx.load_model(BASE), THIS_FOLDER)
-
-Parameters trained beside it, if any, are in `{TRAINED_PARAMETERS}`. `infctx export` merges everything into one file.
-"""
+__all__ = ["TRAINED_PARAMETERS", "PeftAdapter", "attach_lora", "attach_peft", "wrap"]
 
 
 class PeftAdapter:
-    """A model with an adapter of peft in it: `model` is still what it was, its matrices are wrapped."""
+    """A model with an adapter of peft in it: `model` is still what it was, its matrices are wrapped.
+
+    start: what PiSSA and OLoRA took out of the matrices, see `begin_from_principal_part_`; None with other kinds. It
+    is needed to attach the adapter again.
+    """
 
     has_files = True
 
-    def __init__(self, peft_model: nn.Module, trained_parameters: set[str]) -> None:
-        self._peft_model = peft_model
-        self._trained_parameters = trained_parameters
+    def __init__(self, peft_model: nn.Module, trained: Mapping[str, str], facts: AdapterFacts) -> None:
+        self.peft_model, self._facts = peft_model, facts
+        # Names without the adapter -> names with it.
+        self._trained = dict(trained)
+        self.layers = {name: m for name, m in self._model.named_modules() if hasattr(m, "base_layer")}
+        self.start: dict[str, Tensor] | None = None
 
-    def save(self, folder: Path) -> None:
-        """Write peft's own layout into a folder that exists, and the raw parameters, if any, beside it."""
-        try:
-            self._save_with_peft(folder)
-        except SafetensorError as error:
-            # The library has an error of its own for every failure of the disk.
-            number = errno.ENOSPC if "No space" in str(error) else errno.EIO
-            raise OSError(number, os.strerror(number), str(folder)) from error
+    def save(self, folder: Path, *, base_fingerprint: str | None = None) -> None:
+        """Write peft's own layout into a folder that exists, and the raw parameters, if any, beside it.
 
-    def _save_with_peft(self, folder: Path) -> None:
-        with warnings.catch_warnings():
-            # peft looks for the base model's config on a hub to see whether the vocabulary was resized.
-            warnings.simplefilter("ignore")
-            self._peft_model.save_pretrained(str(folder), save_embedding_layers=False)
-        model = self._peft_model.get_base_model()
-        raw = {
-            name: parameter.detach().cpu().contiguous()
-            for name, parameter in model.named_parameters()
-            if name in self._trained_parameters
-        }
-        if raw:
-            save_file(raw, folder / TRAINED_PARAMETERS, metadata={"format": "pt"})
-        (folder / "README.md").write_text(ADAPTER_README)
-        config = folder / "adapter_config.json"
-        # peft writes sets in hash order; sorted, the same adapter gives the same file.
-        content = json.loads(config.read_text())
-        content["target_modules"] = sorted(content["target_modules"])
-        config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        PiSSA and OLoRA are written as a LoRA of twice the rank on the matrices as they were.
+        """
+        import peft
+
+        config: peft.PeftConfig = copy.deepcopy(self.peft_model.peft_config[ADAPTER])
+        tensors = peft.get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
+        if self.start is not None:
+            tensors, config = as_plain_lora(tensors, config, self.start)
+        write_tensors(folder / PEFT_TENSORS, tensors)
+        _write_peft_config(folder / PEFT_CONFIG, config)
+        if self._trained:
+            write_trained(folder, {name: self._model.get_parameter(now) for name, now in self._trained.items()})
+        write_facts(folder, dataclasses.replace(self._facts, base_fingerprint=base_fingerprint))
+        write_readme(folder)
+
+    def names(self) -> list[str]:
+        """The matrices with an addition, and the parameters trained as they are."""
+        matrices = [f"{name}.weight" for name in self.layers]
+        return [*matrices, *(name for name in self._trained if name not in matrices)]
+
+    def merged_parameter(self, name: str) -> Tensor:
+        """The value of a parameter with the adapter folded in, float32 (float64 in a float64 model)."""
+        matrix = name.removesuffix(".weight")
+        if matrix in self.layers:
+            return merged_weight(self.layers[matrix])
+        return exact_values(self._model.get_parameter(name))
 
     def merge_(self) -> None:
         """Fold the adapter into the weights and take it out of the model, in place."""
-        self._peft_model.merge_and_unload(safe_merge=True)
+        for layer in self.layers.values():
+            set_base_weight_(layer.get_base_layer(), merged_weight(layer))
+        self.peft_model.unload()
+
+    @property
+    def _model(self) -> nn.Module:
+        return self.peft_model.get_base_model()
 
 
 def attach_lora(
-    model: nn.Module,
+    model: Finch,
     *,
     rank: int,
     alpha: float,
@@ -82,29 +107,91 @@ def attach_lora(
     """Freeze the model and put a LoRA of delta W = B A · alpha / rank on the target matrices; B starts as zeros.
 
     Args:
-        targets: last part or parts of the matrices' names, as "key" or "channel_mix.key".
+        targets: last part or parts of the matrices' names, as "key" or "channel_mix.key", or globs.
         train_also: glob patterns of parameters that are trained as they are.
     Raises:
         RecipeError: a target matches no matrix, or a pattern no parameter; names the nearest.
     """
-    _check_targets(model, targets)
-    trained = matching_parameters(model, train_also, key="adapter.train_also")
+    return attach_peft(
+        model,
+        PeftSettings(kind="lora", rank=rank, alpha=alpha, dropout=dropout, targets=targets, train_also=train_also),
+    )
+
+
+def attach_peft(
+    model: Finch,
+    settings: PeftSettings,
+    *,
+    start: Mapping[str, Tensor] | None = None,
+    frozen_dtype: torch.dtype | None = None,
+) -> PeftAdapter:
+    """Freeze the model and put an adapter on the target matrices, which begins without any effect.
+
+    Args:
+        start: the `start` of the adapter that this one goes on from (PiSSA, OLoRA); None = a new one.
+        frozen_dtype: of the matrices that these two change; None = float32. Their new values are computed in float32.
+    Raises:
+        RecipeError: a name matches nothing, or a rank does not fit a matrix. CheckpointError: `start` does not fit.
+    """
+    kind = settings.kind
+    matrices = target_matrices(model, settings.targets, with_embedding=kind in EMBEDDING_KINDS, kind=kind)
+    ranks = by_matrix(matrices, settings.rank, settings.ranks, key="adapter.ranks")
+    alphas = by_matrix(matrices, settings.alpha or 1.0, settings.alphas, key="adapter.alphas")
+    check_ranks(model, settings, ranks)
+    trained = add_start_parameters_(
+        model, initial_state=settings.initial_state, initial_shifts=settings.initial_shifts
+    ) | matching_parameters(model, settings.train_also, key="adapter.train_also")
+    twice = sorted(trained & {f"{name}.weight" for name in matrices})
+    if twice and kind in PRINCIPAL_KINDS:
+        raise RecipeError(
+            f"adapter.train_also: {twice[0]} is a target of adapter.kind {kind}, which leaves a residual in its place. "
+            "Leave it out of train_also, or out of targets."
+        )
+    facts = AdapterFacts(
+        kind=kind,
+        base_fingerprint=None,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        ranks={name: rank for name, rank in ranks.items() if rank != settings.rank},
+    )
+    adapter = wrap(model, peft_config(settings, ranks, alphas), trained, facts)
+    if kind in PRINCIPAL_KINDS:
+        adapter.start = begin_from_principal_part_(
+            adapter.layers,
+            kind=kind,
+            svd_iterations=settings.svd_iterations,
+            start=start,
+            frozen_dtype=frozen_dtype,
+        )
+    return adapter
+
+
+def wrap(model: nn.Module, config: peft.PeftConfig, trained: Iterable[str], facts: AdapterFacts) -> PeftAdapter:
+    """Let peft wrap the matrices that its config names, and train some parameters as they are.
+
+    Args:
+        trained: their names.
+    """
     import peft
 
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none")
-    raw_parameters = {name: parameter for name, parameter in model.named_parameters() if name in trained}
-    peft_model = peft.get_peft_model(model, config)
+    raw_parameters = {name: model.get_parameter(name) for name in trained}
+    # New modules begin in training; dropout would act in a model that is being evaluated.
+    peft_model = peft.get_peft_model(model, config).train(model.training)
     for parameter in raw_parameters.values():
         parameter.requires_grad_(True)
-    identities = {id(parameter) for parameter in raw_parameters.values()}
-    names_now = {name for name, parameter in model.named_parameters() if id(parameter) in identities}
-    return PeftAdapter(peft_model, names_now)
+    names_now = {id(parameter): name for name, parameter in model.named_parameters()}
+    order = {name: names_now[id(parameter)] for name, parameter in sorted(raw_parameters.items())}
+    adapter = PeftAdapter(peft_model, order, facts)
+    for layer in adapter.layers.values():
+        if getattr(layer, "lora_magnitude_vector", None):
+            set_exact_magnitude_(layer)
+    return adapter
 
 
-def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    matrices = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in matrices):
-            raise RecipeError(f"adapter.targets: {target!r} matches no matrix. {nearest_names(target, matrices)}")
-    if not targets:
-        raise RecipeError("adapter.targets: expected at least one matrix name, got an empty list.")
+def _write_peft_config(path: Path, config: peft.PeftConfig) -> None:
+    config.inference_mode = True
+    config.save_pretrained(str(path.parent))
+    # peft writes sets in hash order; sorted, the same adapter gives the same file.
+    content = json.loads(path.read_text())
+    content["target_modules"] = sorted(content["target_modules"])
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -78,10 +78,10 @@ def build_model(
     source: ModelTensors, *, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
 ) -> Finch:
     """A model of these tensors, in evaluation mode; dtype None = as stored."""
-    has_state = finch_keys.has_initial_state(source.tensors)
+    starts = finch_keys.start_parameters(source.tensors)
     with torch.device("meta"):
-        model = Finch(source.config, has_initial_state=has_state)
-    for row in finch_keys.key_rows(source.config, has_initial_state=has_state):
+        model = Finch(source.config, **starts)
+    for row in finch_keys.key_rows(source.config, **starts):
         shape = model.get_parameter(row.ours).shape
         tensor = finch_keys.from_official(row, source.tensors[row.official].read(), shape, file=source.origin)
         owner, _, last = row.ours.rpartition(".")
@@ -97,12 +97,14 @@ def tensors_of(model: Finch, *, tokenizer: str | None = None, origin: str = "the
 
 
 def official_tensors(model: Finch) -> dict[str, Tensor]:
-    """The model's parameters under official names and in official shapes and order, sharing memory where possible."""
-    has_state = model.blocks[0].time_mix.initial_state is not None
-    return {
-        row.official: finch_keys.to_official(row, model.get_parameter(row.ours).detach())
-        for row in finch_keys.key_rows(model.config, has_initial_state=has_state)
-    }
+    """The model's parameters under official names and in official shapes and order, sharing memory where possible.
+
+    Vectors that stand for the token before a document's first, which only this project reads, are among them.
+    """
+    rows = finch_keys.key_rows(
+        model.config, has_initial_state=model.has_initial_state, has_initial_shifts=model.has_initial_shifts
+    )
+    return {row.official: finch_keys.to_official(row, model.get_parameter(row.ours).detach()) for row in rows}
 
 
 def fingerprint(source: ModelTensors) -> str:
@@ -121,10 +123,10 @@ def _in_official_form(
     config: FinchConfig, tensors: Mapping[str, StoredTensor], *, file: str
 ) -> dict[str, StoredTensor]:
     """Every tensor that belongs to the model and no other, in official order; squeezed ones in official shape."""
-    has_state = finch_keys.has_initial_state(tensors)
+    starts = finch_keys.start_parameters(tensors)
     with torch.device("meta"):
-        model = Finch(config, has_initial_state=has_state)
-    rows = list(finch_keys.key_rows(config, has_initial_state=has_state))
+        model = Finch(config, **starts)
+    rows = list(finch_keys.key_rows(config, **starts))
     check_names({row.official for row in rows}, set(tensors), file=file, what="this architecture")
     formed: dict[str, StoredTensor] = {}
     for row in rows:

@@ -34,7 +34,7 @@ from infctx.errors import CheckpointError
 from infctx.export.as_finch import as_finch
 from infctx.export.gguf_vocabulary import vocabulary_metadata
 from infctx.export.options import ExportOptions
-from infctx.model.finch_keys import has_initial_state
+from infctx.model.finch_keys import start_parameters
 from infctx.model.tensors import ModelTensors, StoredTensor
 
 GgufDtype = torch.dtype | Literal["q8_0"]
@@ -128,7 +128,7 @@ def _check_model(source: ModelTensors, path: Path, dtype: GgufDtype) -> None:
             f"{path}: GGUF has no architecture for version {config.version} models ({source.origin}). "
             "Make it a Finch first, which computes the same: infctx model upgrade."
         )
-    if has_initial_state(source.tensors):
+    if any(start_parameters(source.tensors).values()):
         raise CheckpointError(
             f"{path}: {source.origin} has a tuned initial state, for which GGUF has no place. "
             "Export to pth or safetensors, which keep it."

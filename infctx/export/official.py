@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from infctx.checkpoint.model_file import TOKENIZER_KEY
 from infctx.checkpoint.shards import write_shards
 from infctx.checkpoint.weights import write_pth, write_safetensors
+from infctx.errors import CheckpointError
 from infctx.export.options import ExportOptions, in_dtype
+from infctx.model import finch_keys
 from infctx.model.tensors import ModelTensors
 
 
 def prepare_pth(source: ModelTensors, options: ExportOptions) -> ModelTensors:
-    """The tensors a .pth will hold."""
-    return in_dtype(source, options.dtype, format="pth")
+    """The tensors a .pth will hold.
+
+    Raises:
+        CheckpointError: the model has tuned vectors for the token before a document's first, which no runtime reads.
+    """
+    shifts = [name for name in source.tensors if finch_keys.is_initial_shift(name)]
+    if any(bool(source.tensors[name].read().any()) for name in shifts):
+        raise CheckpointError(
+            f"{source.origin}: the model has {len(shifts)} tuned token-shift start vectors (adapter.initial_shifts), "
+            f"first {shifts[0]}. A .pth has no place for them and no runtime reads them; without them it would be "
+            "another model. Write it as safetensors, which infctx reads, or train without adapter.initial_shifts."
+        )
+    # Zeros are what every runtime begins with.
+    tensors = {name: tensor for name, tensor in source.tensors.items() if name not in shifts}
+    return in_dtype(replace(source, tensors=tensors), options.dtype, format="pth")
 
 
 def write_official_pth(source: ModelTensors, path: Path, options: ExportOptions) -> list[str]:

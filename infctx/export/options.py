@@ -51,7 +51,7 @@ def refuse_initial_state(source: ModelTensors, *, format: str) -> None:
 
     Raises: CheckpointError if the model starts its documents from a tuned state.
     """
-    if finch_keys.has_initial_state(source.tensors):
+    if any(finch_keys.start_parameters(source.tensors).values()):
         raise CheckpointError(
             f"{source.origin}: the model has a tuned initial state, and the {format} format has no place for one. "
             "Export it as pth or safetensors."

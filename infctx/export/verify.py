@@ -49,6 +49,9 @@ def probe_logits(
         wkv, att_shift, ffn_shift = (tensor[layer] for tensor in zeros)
         if block.time_mix.initial_state is not None:
             wkv = block.time_mix.initial_state[None].to(dtype)
+        if block.time_mix.initial_shift is not None:
+            att_shift = block.time_mix.initial_shift[None].to(dtype)
+            ffn_shift = block.channel_mix.initial_shift[None].to(dtype)
         x, *_ = block(x, wkv, att_shift, ffn_shift, None)
     logits = parts.head(x)[0]
     if not bool(torch.isfinite(logits).all()):
@@ -98,21 +101,23 @@ def _parts_of_tensors(source: ModelTensors, dtype: torch.dtype) -> _Parts:
         return norm("blocks.0.ln0")(source.tensors["emb.weight"].read()[tokens].to(dtype))
 
     def blocks() -> Iterator[Block]:
-        has_state = finch_keys.has_initial_state(source.tensors)
+        starts = finch_keys.start_parameters(source.tensors)
+        rows = list(finch_keys.key_rows(source.config, **starts))
         with torch.device("meta"):
-            block = Block(source.config, has_initial_state=has_state)
-        for layer in range(source.config.n_layer):
-            for row in finch_keys.key_rows(source.config, has_initial_state=has_state):
-                prefix = f"blocks.{layer}."
+            model = Finch(source.config, **starts)
+        for layer, block in enumerate(model.blocks):
+            prefix = f"blocks.{layer}."
+            for row in rows:
                 if row.ours.startswith(prefix):
                     name = row.ours.removeprefix(prefix)
-                    shape = block.get_parameter(name).shape
-                    value = finch_keys.from_official(
-                        row, source.tensors[row.official].read(), shape, file=source.origin
-                    )
+                    stored = source.tensors[row.official].read()
+                    value = finch_keys.from_official(row, stored, block.get_parameter(name).shape, file=source.origin)
                     owner, _, last = name.rpartition(".")
                     setattr(block.get_submodule(owner), last, nn.Parameter(value.to(dtype).contiguous()))
             yield block
+            # Not before the next one has been asked for, and then gone.
+            model.blocks[layer] = nn.Identity()
+            del block
 
     def head(x: Tensor) -> Tensor:
         return _times_rows(norm("ln_out")(x), source.tensors["head.weight"].read(), dtype)

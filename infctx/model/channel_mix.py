@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from infctx.model.config import FinchConfig
 from infctx.model.linear import Linear
+from infctx.model.token_shift import token_shift
 from infctx.shapes import Activations, LayerShift, Starts
-from infctx_kernels import shifted_mix_unbound, sigmoid_gate, squared_relu
+from infctx_kernels import sigmoid_gate, squared_relu
 
 
 class ChannelMix(nn.Module):
@@ -22,13 +23,15 @@ class ChannelMix(nn.Module):
         self.key = Linear(config.n_embd, config.dim_ffn)
         self.receptance = Linear(config.n_embd, config.n_embd)
         self.value = Linear(config.dim_ffn, config.n_embd)
+        # What a document's first token takes for the one before it; None = zeros.
+        self.initial_shift: nn.Parameter | None = None
         self.surrounding_backend: str | None = None
 
     def forward(self, hidden: Activations, shift: LayerShift, starts: Starts | None) -> tuple[Activations, LayerShift]:
         """Mix over channels; hidden is the block's normalised input. Returns the output and the new shift state."""
         backend = self.surrounding_backend
-        key_input, receptance_input = shifted_mix_unbound(
-            hidden, shift, self._weights(), starts=starts, backend=backend
+        key_input, receptance_input = token_shift(
+            hidden, shift, self._weights(), starts=starts, start=self.initial_shift, backend=backend
         )
         value = self.value(squared_relu(self.key(key_input), backend=backend))
         output = sigmoid_gate(self.receptance(receptance_input), value, backend=backend)

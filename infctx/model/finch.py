@@ -61,7 +61,9 @@ class Block(nn.Module):
 class Finch(nn.Module):
     """RWKV-6 "Finch", or RWKV-5.2 "Eagle" where the config says so."""
 
-    def __init__(self, config: FinchConfig, *, has_initial_state: bool = False) -> None:
+    def __init__(
+        self, config: FinchConfig, *, has_initial_state: bool = False, has_initial_shifts: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
@@ -74,6 +76,8 @@ class Finch(nn.Module):
         self.recomputes_layers = False
         # Of the operators around the recurrence, the loss among them; None = the fastest.
         self.surrounding_backend: str | None = None
+        if has_initial_shifts:
+            self.add_initial_shifts_()
 
     def forward(
         self, tokens: Tokens, state: ModelState | None = None, *, starts: Starts | None = None
@@ -121,11 +125,43 @@ class Finch(nn.Module):
         """The state before a document's first token: zeros, or the tuned initial state (and then part of its graph)."""
         weight = self.embedding.weight
         zeros = ModelState.zeros(self.config, rows, dtype=self.state_dtype, device=weight.device)
-        initial = [block.time_mix.initial_state for block in self.blocks]
-        if initial[0] is None:
-            return zeros
-        wkv = torch.stack(initial).to(self.state_dtype)[:, None].expand_as(zeros.wkv)
-        return zeros._replace(wkv=wkv)
+        tuned = (
+            [block.time_mix.initial_state for block in self.blocks],
+            [block.time_mix.initial_shift for block in self.blocks],
+            [block.channel_mix.initial_shift for block in self.blocks],
+        )
+        return ModelState(
+            *(
+                zero if layers[0] is None else torch.stack(layers).to(zero.dtype)[:, None].expand_as(zero)
+                for layers, zero in zip(tuned, zeros, strict=True)
+            )
+        )
+
+    @property
+    def has_initial_state(self) -> bool:
+        """Whether documents begin with a tuned state of the recurrence."""
+        return self.blocks[0].time_mix.initial_state is not None
+
+    @property
+    def has_initial_shifts(self) -> bool:
+        """Whether a document's first token has tuned vectors before it."""
+        return self.blocks[0].time_mix.initial_shift is not None
+
+    def add_initial_state_(self) -> None:
+        """Let every block's initial state be a parameter, of zeros where it is none yet."""
+        if self.has_initial_state:
+            return
+        heads, size = self.config.n_head, self.config.head_size
+        for block in self.blocks:
+            block.time_mix.initial_state = nn.Parameter(self._zeros(heads, size, size))
+
+    def add_initial_shifts_(self) -> None:
+        """The same for the two vectors that stand for the token before a document's first."""
+        if self.has_initial_shifts:
+            return
+        for block in self.blocks:
+            block.time_mix.initial_shift = nn.Parameter(self._zeros(self.config.n_embd))
+            block.channel_mix.initial_shift = nn.Parameter(self._zeros(self.config.n_embd))
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -146,6 +182,9 @@ class Finch(nn.Module):
             block.time_mix.backend = name
             block.time_mix.surrounding_backend = self.surrounding_backend
             block.channel_mix.surrounding_backend = self.surrounding_backend
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.state_dtype, device=self.embedding.weight.device)
 
     def _embed(self, tokens: Tokens) -> Activations:
         return self.input_norm(self.embedding(tokens).to(self._activation_dtype()))

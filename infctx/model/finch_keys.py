@@ -73,15 +73,16 @@ class KeyRow(NamedTuple):
     ours: str
 
 
+_STARTS = [(_STORED_TRANSPOSED, "initial_state"), ("shift_state", "initial_shift")]
 _BLOCK_ROWS = [
     *(KeyRow(f"{official}.{last}", f"{ours}.{last}") for official, ours in _LAYER_NORMS for last in ("weight", "bias")),
     *(
         KeyRow(f"att.{official}", f"time_mix.{ours}")
-        for official, ours in [*_FINCH_TIME_MIX, *_EAGLE_TIME_MIX, (_STORED_TRANSPOSED, "initial_state"), *_MATRICES]
+        for official, ours in [*_FINCH_TIME_MIX, *_EAGLE_TIME_MIX, *_STARTS, *_MATRICES]
     ),
     *(
         KeyRow(f"ffn.{official}", f"channel_mix.{ours}")
-        for official, ours in [*_FINCH_CHANNEL_MIX, *_EAGLE_CHANNEL_MIX, *_CHANNEL_MATRICES]
+        for official, ours in [*_FINCH_CHANNEL_MIX, *_EAGLE_CHANNEL_MIX, _STARTS[1], *_CHANNEL_MATRICES]
     ),
 ]
 _OTHER_ROWS = [
@@ -99,7 +100,7 @@ BLOCK_MATRICES = tuple(
 )
 
 
-def key_rows(config: FinchConfig, *, has_initial_state: bool) -> Iterator[KeyRow]:
+def key_rows(config: FinchConfig, *, has_initial_state: bool, has_initial_shifts: bool = False) -> Iterator[KeyRow]:
     """Every tensor of a model, in official order."""
     time_mix, channel_mix = _PARTS[config.version]
     yield KeyRow("emb.weight", "embedding.weight")
@@ -109,9 +110,11 @@ def key_rows(config: FinchConfig, *, has_initial_state: bool) -> Iterator[KeyRow
         if i == 0:
             yield from _norm("blocks.0.ln0", "input_norm")
         state = [("time_state", "initial_state")] if has_initial_state else []
-        for official, ours in [*time_mix, *state, *_MATRICES]:
+        # Ours alone: no other program knows them, and official files never have them.
+        shift = [("shift_state", "initial_shift")] if has_initial_shifts else []
+        for official, ours in [*time_mix, *state, *shift, *_MATRICES]:
             yield KeyRow(f"blocks.{i}.att.{official}", f"blocks.{i}.time_mix.{ours}")
-        for official, ours in [*channel_mix, *_CHANNEL_MATRICES]:
+        for official, ours in [*channel_mix, *shift, *_CHANNEL_MATRICES]:
             yield KeyRow(f"blocks.{i}.ffn.{official}", f"blocks.{i}.channel_mix.{ours}")
     yield from _norm("ln_out", "output_norm")
     yield KeyRow("head.weight", "head.weight")
@@ -138,9 +141,15 @@ def is_time_state(official: str) -> bool:
     return official.endswith(f".{_STORED_TRANSPOSED}")
 
 
+def is_start(official: str) -> bool:
+    """Whether this is one of the tensors that documents begin with."""
+    return is_time_state(official) or is_initial_shift(official)
+
+
 def official_names_of_layer_0() -> list[str]:
     """Everything a file can hold, once for all layers: for messages that name what comes nearest."""
-    return [row.official for row in _OTHER_ROWS] + [f"blocks.0.{row.official}" for row in _BLOCK_ROWS]
+    names = [row.official for row in _OTHER_ROWS] + [f"blocks.0.{row.official}" for row in _BLOCK_ROWS]
+    return [name for name in names if not is_initial_shift(name)]
 
 
 def to_official(row: KeyRow, tensor: Tensor) -> Tensor:
@@ -212,6 +221,24 @@ def read_config(tensors: Mapping[str, StoredTensor], *, file: str) -> FinchConfi
 def has_initial_state(tensors: Mapping[str, object]) -> bool:
     """Whether the file carries a tuned initial state."""
     return "blocks.0.att.time_state" in tensors
+
+
+def has_initial_shifts(tensors: Mapping[str, object]) -> bool:
+    """Whether the file carries tuned vectors for the token before a document's first."""
+    return "blocks.0.att.shift_state" in tensors
+
+
+def is_initial_shift(official: str) -> bool:
+    """Whether this is the name of such a vector."""
+    return official.endswith(".shift_state")
+
+
+def start_parameters(tensors: Mapping[str, object]) -> dict[str, bool]:
+    """What `key_rows` and a model's constructor want to know of a set of official names."""
+    return {
+        "has_initial_state": has_initial_state(tensors),
+        "has_initial_shifts": has_initial_shifts(tensors),
+    }
 
 
 def _norm(official: str, ours: str) -> Iterator[KeyRow]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from infctx.model.config import FinchConfig
 from infctx.model.linear import Linear
+from infctx.model.token_shift import token_shift
 from infctx.shapes import Activations, LayerShift, LayerWkv, Starts
-from infctx_kernels import group_norm_gate, shifted_mix_unbound, wkv6_from_raw_decay
+from infctx_kernels import group_norm_gate, wkv6_from_raw_decay
 from infctx_kernels.linear import linear
 
 
@@ -44,6 +45,8 @@ class TimeMix(nn.Module):
         self.bonus = nn.Parameter(torch.empty(config.n_head, config.head_size))
         initial_shape = (config.n_head, config.head_size, config.head_size)
         self.initial_state = nn.Parameter(torch.zeros(initial_shape)) if has_initial_state else None
+        # What a document's first token takes for the one before it; None = zeros.
+        self.initial_shift: nn.Parameter | None = None
         self.backend: str | None = None
         self.surrounding_backend: str | None = None
 
@@ -99,12 +102,13 @@ class FinchTimeMix(TimeMix):
     def _mix(self, hidden: Tensor, shift: Tensor, starts: Tensor | None, *, work: torch.dtype) -> MixedInputs:
         rows, num_tokens, channels = hidden.shape
         backend = self.surrounding_backend
-        (first,) = shifted_mix_unbound(hidden, shift, self.lerp_input[None], starts=starts, backend=backend)
+        start = self.initial_shift
+        (first,) = token_shift(hidden, shift, self.lerp_input[None], starts=starts, start=start, backend=backend)
         low = torch.tanh(linear(first, self.lerp_down.t().to(hidden.dtype)))
         low = low.view(rows * num_tokens, 5, -1).transpose(0, 1)  # [5, B·T, D]
         dynamic = torch.bmm(low, self.lerp_up.to(low.dtype)).view(5, rows, num_tokens, channels)
         static = torch.stack([getattr(self, f"lerp_{name}") for name in self.MIX_ORDER])
-        mixed = shifted_mix_unbound(hidden, shift, static, dynamic=dynamic, starts=starts, backend=backend)
+        mixed = token_shift(hidden, shift, static, dynamic=dynamic, starts=starts, start=start, backend=backend)
         inputs = dict(zip(self.MIX_ORDER, mixed, strict=True))
         x = inputs.pop("decay")
         low_decay = linear(torch.tanh(linear(x, self.decay_down.t().to(x.dtype))), self.decay_up.t().to(x.dtype))
@@ -127,5 +131,6 @@ class EagleTimeMix(TimeMix):
         names = ("receptance", "key", "value", "gate")
         # Eagle's weights are those of the token itself.
         static = 1.0 - torch.stack([getattr(self, f"mix_{name}") for name in names])
-        mixed = shifted_mix_unbound(hidden, shift, static, starts=starts, backend=self.surrounding_backend)
+        start, backend = self.initial_shift, self.surrounding_backend
+        mixed = token_shift(hidden, shift, static, starts=starts, start=start, backend=backend)
         return MixedInputs(**dict(zip(names, mixed, strict=True)), raw_decay=self.decay_base.to(work).reshape(-1))

@@ -29,6 +29,7 @@ from infctx.recipe.schema import Recipe
 MAX_RECIPE_BYTES = 1_000_000
 MAX_FOREIGN_VALUES = 100_000
 _MAX_DEPTH = 16
+_LATER_ENTRIES_WIN = ("adapter.ranks", "adapter.alphas")
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -89,8 +90,14 @@ def recipe_differences(old: Recipe, new: Recipe, *, but_not: Collection[str] = (
     Args: but_not: keys that may differ.
     """
     before, now = _flat(old), _flat(new)
-    keys = [key for key in known_keys() if key not in but_not and before.get(key) != now.get(key)]
+    keys = [key for key in known_keys() if key not in but_not and _in_order(key, before) != _in_order(key, now)]
     return [f"{key}: {_shown(before.get(key))} in the run folder, {_shown(now.get(key))} now" for key in keys]
+
+
+def _in_order(key: str, flat: Mapping[str, object]) -> object:
+    """The value of a key; of a mapping whose later entries win, its entries in their order."""
+    value = flat.get(key)
+    return list(value.items()) if key in _LATER_ENTRIES_WIN and isinstance(value, dict) else value
 
 
 def recipe_json_schema() -> dict[str, Any]:

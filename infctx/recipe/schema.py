@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from infctx.recipe.adapter_section import AdapterSection
 from infctx.recipe.data_section import DataSection
 from infctx.recipe.fields import (
     Beta,
@@ -20,7 +21,6 @@ from infctx.recipe.fields import (
     tuple_from_list,
 )
 
-_LORA_ONLY = ("rank", "alpha", "dropout", "targets", "train_also")
 _DECAYING = ("cosine", "linear", "exponential")
 
 
@@ -28,44 +28,6 @@ class ModelSection(Section):
     """The model to start from."""
 
     path: Text = Field(description="Model file: an official .pth, or .safetensors as this project writes it.")
-
-
-class AdapterSection(Section):
-    """Which weights are trained."""
-
-    kind: Literal["full", "lora"] = Field(default="full", description="full: every weight; lora: low-rank additions.")
-    rank: Count = Field(default=32, description="LoRA: rank of each addition.")
-    alpha: Annotated[Number, Field(gt=0)] | None = Field(
-        default=None, description="LoRA: scale; the addition is multiplied by alpha / rank. null: 2 × rank."
-    )
-    dropout: Annotated[Number, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="LoRA: probability of dropping an input of the addition, 0 to 1 exclusive."
-    )
-    targets: Annotated[list[Text], Field(min_length=1)] = Field(
-        default=["receptance", "key", "value", "gate", "output"],
-        description="LoRA: matrices that get an addition, by the last part or parts of the module name.",
-    )
-    train_also: list[Text] = Field(
-        default=[], description="LoRA: globs of parameter names trained as they are, e.g. '*.lerp_*'."
-    )
-    freeze: list[Text] = Field(default=[], description="Full: globs of parameter names left as they are.")
-
-    @model_validator(mode="after")
-    def _keys_belong_to_the_kind(self) -> Self:
-        foreign = ("freeze",) if self.kind == "lora" else _LORA_ONLY
-        other = "full" if self.kind == "lora" else "lora"
-        # An explicit null of alpha says no more than leaving it out.
-        said = [key for key in foreign if key in self.model_fields_set and getattr(self, key) is not None]
-        refuse(
-            [
-                (
-                    f"adapter.{key}",
-                    f"means nothing with adapter.kind {self.kind}; remove it or set adapter.kind: {other}",
-                )
-                for key in said
-            ]
-        )
-        return self
 
 
 class BpttSection(Section):
@@ -222,9 +184,7 @@ class Recipe(Section):
     def resolved(self) -> Self:
         """The same recipe with everything filled in that can be known without reading a file or asking a device."""
         data = self.data.model_copy(update={"mode": self._resolved_mode()})
-        adapter, optimizer = self.adapter, self.optimizer
-        if adapter.kind == "lora" and adapter.alpha is None:
-            adapter = adapter.model_copy(update={"alpha": 2.0 * adapter.rank})
+        adapter, optimizer = self.adapter.resolved(), self.optimizer
         if optimizer.schedule in _DECAYING and optimizer.lr_final is None:
             optimizer = optimizer.model_copy(update={"lr_final": optimizer.lr / 10})
         return self.model_copy(update={"data": data, "adapter": adapter, "optimizer": optimizer})
@@ -234,7 +194,7 @@ class Recipe(Section):
 
         Left out: keys that mean nothing with this kind of adapter, and nulls that are also the default.
         """
-        foreign = ("freeze",) if self.adapter.kind == "lora" else _LORA_ONLY
+        foreign = self.adapter.foreign_keys()
         mapping: dict[str, dict[str, object]] = {}
         for section_name, section in self:
             fields = type(section).model_fields

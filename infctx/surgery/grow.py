@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from infctx.errors import CheckpointError
-from infctx.model.finch_keys import has_initial_state, key_rows
+from infctx.model.finch_keys import key_rows, start_parameters
 from infctx.model.tensors import ModelTensors, StoredTensor, combined
 from infctx.surgery.fresh import small_random, zeros
 
@@ -51,7 +51,7 @@ def grow_depth(
     is_copy = [layer in chosen[:place] for place, layer in enumerate(chosen)]
     config = dataclasses.replace(source.config, n_layer=num_layers)
     tensors = {}
-    for row in key_rows(config, has_initial_state=has_initial_state(source.tensors)):
+    for row in key_rows(config, **start_parameters(source.tensors)):
         name = row.official
         origin = name
         if name.startswith("blocks."):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infctx.errors import CheckpointError
 from infctx.model.config import FinchConfig
-from infctx.model.finch_keys import has_initial_state, key_rows
+from infctx.model.finch_keys import key_rows, start_parameters
 from infctx.model.init import default_ranks
 from infctx.model.tensors import ModelTensors, StoredTensor
 from infctx.surgery.fresh import small_random, zeros
@@ -52,7 +52,7 @@ def upgrade_to_finch(
     if min(ranks) < 1:
         raise CheckpointError(f"ranks {ranks[0]} and {ranks[1]}: expected at least 1 each, or none for the usual ones.")
     config = dataclasses.replace(source.config, version="6", lerp_rank=ranks[0], decay_rank=ranks[1])
-    rows = key_rows(config, has_initial_state=has_initial_state(source.tensors))
+    rows = key_rows(config, **start_parameters(source.tensors))
     tensors = {row.official: _finch_tensor(row.official, source, config, seed) for row in rows}
     return dataclasses.replace(source, config=config, tensors=tensors)
 

@@ -88,9 +88,12 @@ def chunked_step(
         weight_total=weight_total,
         keeps_random_state=model.training and has_dropout(model),
     )
-    if state is None and initial.wkv.requires_grad:
-        # The tuned initial state is a parameter, and every row began with it.
-        torch.autograd.backward([initial.wkv], [result.initial_state_gradient.wkv])
+    if state is None:
+        # What is tuned of the initial state is a parameter, and every row began with it.
+        pairs = zip(initial, result.initial_state_gradient, strict=True)
+        tuned = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
+        if tuned:
+            torch.autograd.backward(*zip(*tuned, strict=True))
     loss = (result.loss_sum / weight_total).to(initial.wkv.dtype)
     return ChunkedStep(loss, result.state, result.initial_state_gradient)
 

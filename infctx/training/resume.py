@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -61,6 +62,7 @@ def resume_run(run: Run) -> tuple[Done, Place]:
             f"{run.folder}: the model file is not the one this run began with: its weights differ. Put the original "
             "back, or start beside this run with --fresh."
         )
+    check_start(state.facts, run.facts.get("adapter_start"), folder=run.folder)
     done = Done(**state.facts["done"])
     parameters = dict(run.model.named_parameters())
     with torch.no_grad():
@@ -89,6 +91,19 @@ def resume_run(run: Run) -> tuple[Done, Place]:
         under_way=under_way,
     )
     return done, place
+
+
+def check_start(facts: Mapping[str, object], digest: object, *, folder: Path) -> None:
+    """Refuse a checkpoint whose adapter began with something else than what is at hand.
+
+    Args:
+        facts: of the checkpoint. digest: of what is at hand; None where the adapter began with nothing.
+    """
+    if facts.get("adapter_start") != digest:
+        raise CheckpointError(
+            f"{folder}: the adapter of the newest checkpoint did not begin with what adapter_start.safetensors holds. "
+            "Put that run's own file back, or start beside this run with --fresh."
+        )
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -68,8 +68,15 @@ def test_defaults() -> None:
         "alpha": None,
         "dropout": 0.0,
         "targets": ["receptance", "key", "value", "gate", "output"],
+        "ranks": {},
+        "alphas": {},
         "train_also": [],
+        "svd_iterations": 4,
+        "miss_init": "default",
+        "miss_mini_rank": None,
         "freeze": [],
+        "initial_state": False,
+        "initial_shifts": False,
     }
     assert recipe.bptt.model_dump() == {
         "chunk_tokens": 1024,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import infctx
-from infctx.adapters.catalog import ATTACH
+from infctx.adapters.peft_adapters import attach_lora
 from infctx.assemble import run_recipe
 from infctx.checkpoint.run_state import load_run_state
 from infctx.model.finch import Finch
@@ -51,7 +51,7 @@ def test_recomputed_layers_give_the_same_bits(
         if dropout is not None:
             torch.manual_seed(1)
             targets = ["receptance", "key", "value", "gate", "output"]
-            ATTACH["lora"](model, rank=2, alpha=4.0, dropout=dropout, targets=targets, train_also=["*.bonus"])
+            attach_lora(model, rank=2, alpha=4.0, dropout=dropout, targets=targets, train_also=["*.bonus"])
         model.train()
         model.recompute_layers(wanted)
         torch.manual_seed(2)

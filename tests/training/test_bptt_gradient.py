@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import infctx
-from infctx.adapters.catalog import ATTACH
+from infctx.adapters.peft_adapters import attach_lora
 from infctx.data.chunking import Chunk
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
@@ -335,7 +335,7 @@ def test_the_two_sweeps_are_compared(make_finch: Callable[..., Finch]) -> None:
     """Nothing when they compute the same; with random numbers that are not replayed, the difference shows."""
     model = make_finch("6")
     targets = ["receptance", "key", "value", "gate", "output"]
-    ATTACH["lora"](model, rank=4, alpha=8.0, dropout=0.5, targets=targets, train_also=[])
+    attach_lora(model, rank=4, alpha=8.0, dropout=0.5, targets=targets, train_also=[])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

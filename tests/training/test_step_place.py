@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infctx.adapters.catalog import ATTACH
+from infctx.adapters.peft_adapters import attach_lora
 from infctx.data.chunking import Chunk
 from infctx.model.finch import Finch
 from infctx.training.boundary_store import BoundaryPlan
@@ -90,7 +90,7 @@ def test_left_at_any_pause(
     if dropout is not None:
         targets = ["receptance", "key", "value"]
         torch.manual_seed(3)
-        ATTACH["lora"](model, rank=2, alpha=4.0, dropout=dropout, targets=targets, train_also=["*.bonus"])
+        attach_lora(model, rank=2, alpha=4.0, dropout=dropout, targets=targets, train_also=["*.bonus"])
     model.train()
     chunks = make_chunks()
 

@@ -1,0 +1,28 @@
+"""The values of a base matrix, whatever it is stored as, and of any other parameter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def base_weight(module: nn.Module) -> Tensor:
+    """The values of a matrix that adapters are put on, outside any graph.
+
+    Args:
+        module: a Linear or an Embedding, not the adapter around it.
+    Returns:
+        float32 (float64 of a float64 matrix), in the shape of module.weight; it may share the parameter's memory.
+    """
+    return exact_values(module.weight)
+
+
+def set_base_weight_(module: nn.Module, values: Tensor, *, dtype: torch.dtype | None = None) -> None:
+    """Put other values into a matrix; dtype None = rounded to the dtype it is stored in."""
+    module.weight.data = values.to(dtype or module.weight.dtype)
+
+
+def exact_values(parameter: Tensor) -> Tensor:
+    """The values of a parameter in float32 (float64 of a float64 one), outside any graph."""
+    values = parameter.detach()
+    return values.to(torch.promote_types(values.dtype, torch.float32))
