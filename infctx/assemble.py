@@ -6,46 +6,43 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import infctx
 from infctx.adapters.adapter import Adapter
-from infctx.adapters.model_changes import ModelChanges
+from infctx.adapters.quantized_base import quantize_, stored_bytes
 from infctx.checkpoint.atomic import remove_tree, remove_unfinished, write_file_atomically
-from infctx.checkpoint.model_file import ModelFile, open_model, read_model_file, tensors_of
+from infctx.checkpoint.model_file import ModelFile, read_model_file
 from infctx.checkpoint.run_lock import RunLock
-from infctx.checkpoint.run_state import RunState, load_run_state
-from infctx.errors import CheckpointError, MachineError, RecipeError, machine_fault
-from infctx.export.adapter_files import merge_adapter
+from infctx.errors import MachineError, RecipeError, machine_fault
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
-from infctx.model.tensors import ModelTensors
-from infctx.recipe.load import load_recipe, recipe_differences, write_recipe
+from infctx.recipe.load import RECIPE_FILE, load_recipe, recipe_differences, write_recipe
+from infctx.recipe.optimizer_section import DECAY_FRACTION
 from infctx.recipe.schema import Recipe
 from infctx.run_adapter import adapter_writer, attach_adapter, keep_start, read_start, start_digest, start_of
 from infctx.run_data import RunData, Say, data_from_anywhere, open_data, step_source
 from infctx.training.activation_memory import should_recompute
+from infctx.training.averaged_weights import AveragedWeights
 from infctx.training.boundary_store import BoundaryPlan, choose_store, free_bytes, free_host_bytes, state_bytes
 from infctx.training.bptt import ChunkObjective
 from infctx.training.fabric_run import FabricEngine
 from infctx.training.gradient_check import GradientCheck, check_gradient
 from infctx.training.host_memory import HeapTrimmer
 from infctx.training.loop import train
+from infctx.training.loss import LossTerms
 from infctx.training.metrics import MetricsLog
-from infctx.training.optim import LearningRate, make_adamw, parameter_groups
+from infctx.training.optim import LearningRate, make_optimizer, moment_bytes, parameter_groups
 from infctx.training.precision import apply_precision_
 from infctx.training.progress import LoggedProgress, Progress
-from infctx.training.resume import check_start
 from infctx.training.run import LoopSettings, Run
 from infctx_kernels import BackendError, choose_backend
 
-RECIPE_FILE = "recipe.yaml"
 RESULT_FILE = "result.json"
 LOG_FILE = "run.log"
 LEDGER_FILE = "ledger.json"
@@ -61,20 +58,6 @@ FREE_KEYS = (
     "run.keep_checkpoints",
 )
 RESULT_KEYS = ("steps", "train_loss", "val_loss", "first_val_loss", "tokens", "folder")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainedModel:
-    """A model ready for use.
-
-    tokenizer: its name, or None where nothing says it. step: of the checkpoint, if any. skipped: a sentence for each
-    newer checkpoint that is damaged.
-    """
-
-    model: Finch
-    tokenizer: str | None
-    step: int | None
-    skipped: Sequence[str] = ()
 
 
 def run_recipe(recipe: Recipe, progress: Progress, *, fresh: bool = False) -> dict[str, Any]:
@@ -169,73 +152,16 @@ def check_recipe(
     return lines, measured
 
 
-def open_trained(path: str | Path) -> TrainedModel:
-    """A model file, or a run folder with its newest checkpoint merged into its base model; float32, on the CPU."""
-    path = Path(path)
-    if not (path / RECIPE_FILE).is_file():
-        opened = read_model_file(path)
-        return TrainedModel(model=opened.model, tokenizer=opened.tokenizer, step=None)
-    recipe = load_recipe(path / RECIPE_FILE)
-    loaded = load_run_state(path)
-    if loaded is None:
-        raise CheckpointError(f"{path}: this run has no checkpoint yet. Let it train to its first one.")
-    opened = read_model_file(recipe.model.path)
-    _check_base(recipe, opened, loaded.state, folder=path)
-    start = read_start(recipe.adapter, path, base_fingerprint=opened.fingerprint)
-    check_start(loaded.state.facts, start_digest(start), folder=path)
-    adapter = attach_adapter(recipe.adapter.resolved(), opened.model, start=start)
-    parameters = dict(opened.model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in loaded.state.tensors["trainable"].items():
-            parameters[name].copy_(tensor)
-    adapter.merge_()
-    tokenizer = loaded.state.facts.get("tokenizer")
-    return TrainedModel(
-        model=opened.model.eval(),
-        tokenizer=tokenizer if isinstance(tokenizer, str) else None,
-        step=loaded.state.step,
-        skipped=loaded.skipped,
-    )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OpenedForExport:
-    """source: the tensors to be written. logits: `probe_logits` of the model they were merged from, None where nothing
-    was. notes: what to tell."""
-
-    source: ModelTensors
-    logits: Tensor | None
-    notes: Sequence[str]
-
-
-def open_for_export(path: str | Path, *, adapter: ModelChanges | None = None, origin: str = "") -> OpenedForExport:
-    """A model, or a run folder with its newest checkpoint merged into its base model.
-
-    Args: adapter: merged onto a model as its tensors are read. origin: the adapter's file, for messages.
-    """
-    path = Path(path)
-    if adapter is not None:
-        if (path / RECIPE_FILE).is_file():
-            raise CheckpointError(f"{path}: is a run, which has its own adapter; expected a model with --adapter.")
-        merged = merge_adapter(open_model(path, is_streamed=True), adapter, file=origin)
-        return OpenedForExport(source=merged, logits=None, notes=())
-    if not (path / RECIPE_FILE).is_file():
-        return OpenedForExport(source=open_model(path, is_streamed=True), logits=None, notes=())
-    trained = open_trained(path)
-    notes = [f"Skipped a damaged checkpoint: {reason}" for reason in trained.skipped]
-    notes.append(f"{path}: the model of step {trained.step:,}.")
-    source = tensors_of(trained.model, tokenizer=trained.tokenizer, origin=str(path))
-    return OpenedForExport(source=source, logits=None, notes=notes)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Parts:
     engine: FabricEngine
     model_file: ModelFile
     adapter: Adapter
     data: RunData
+    optimizer: torch.optim.Optimizer
     backend: str
     num_base_parameters: int
+    base_in_words: str
     boundaries: BoundaryPlan
 
 
@@ -262,6 +188,7 @@ def _open_parts(recipe: Recipe, say: Say) -> _Parts:
     num_base_parameters = sum(parameter.numel() for parameter in model_file.model.parameters())
     # New adapter weights are drawn from the global generator.
     torch.manual_seed(recipe.run.seed)
+    base_in_words = _quantize(recipe, model_file.model, engine.device)
     start = read_start(recipe.adapter, Path(recipe.run.folder), base_fingerprint=model_file.fingerprint)
     frozen_dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
     adapter = attach_adapter(recipe.adapter, model_file.model, start=start, frozen_dtype=frozen_dtype)
@@ -271,8 +198,10 @@ def _open_parts(recipe: Recipe, say: Say) -> _Parts:
         model_file=model_file,
         adapter=adapter,
         data=data,
+        optimizer=_optimizer(recipe, model_file.model, engine.device),
         backend=str(backend),
         num_base_parameters=num_base_parameters,
+        base_in_words=base_in_words,
         boundaries=_boundaries(recipe, model_file.model, data, engine.device),
     )
 
@@ -299,21 +228,43 @@ def _filled_in(recipe: Recipe, begun: Recipe) -> Recipe:
     return recipe.model_copy(update=sections)
 
 
+def _quantize(recipe: Recipe, model: Finch, device: torch.device) -> str:
+    """Store the base as the recipe says, and say how; "" for floats."""
+    kind = recipe.model.quantize
+    if kind == "none":
+        return ""
+    error = quantize_(model, kind, device=device)
+    return (
+        f"{kind} in the matrices of the blocks, relative error {error:.2g} at most; {stored_bytes(model) / 1e6:,.0f} MB"
+    )
+
+
 def _set_up(recipe: Recipe, parts: _Parts) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The objective and the optimizer as the engine wraps them."""
-    model, optimizer_section = parts.model_file.model, recipe.optimizer
+    model, section = parts.model_file.model, recipe.optimizer
+    model.add_embedding_noise(section.embedding_noise, chunk_tokens=recipe.bptt.chunk_tokens)
+    terms = LossTerms(l2_wrap=section.l2_wrap, z_loss=section.z_loss, min_token_loss=section.min_token_loss)
+    return parts.engine.setup(ChunkObjective(model, terms=terms), parts.optimizer)
+
+
+def _optimizer(recipe: Recipe, model: Finch, device: torch.device) -> torch.optim.Optimizer:
+    section = recipe.optimizer
     groups = parameter_groups(
         model.named_parameters(),
-        weight_decay=optimizer_section.weight_decay,
-        decay_lr_multiplier=optimizer_section.decay_lr_multiplier,
+        weight_decay=section.weight_decay,
+        decay_lr_multiplier=section.decay_lr_multiplier,
+        lr_multipliers=section.lr_multipliers,
+        state_lr_multiplier=None if section.state_lr is None else section.state_lr / section.lr,
     )
-    optimizer = make_adamw(groups, lr=optimizer_section.lr, betas=optimizer_section.betas, eps=optimizer_section.eps)
-    return parts.engine.setup(ChunkObjective(model, l2_wrap=optimizer_section.l2_wrap), optimizer)
+    return make_optimizer(groups, name=section.name, lr=section.lr, betas=section.betas, eps=section.eps, device=device)
 
 
 def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
     model, optimizer_section = parts.model_file.model, recipe.optimizer
     objective, optimizer = _set_up(recipe, parts)
+    # Once the weights are on their device, and before the memory that is left there is asked for.
+    decay = optimizer_section.ema_decay
+    averaged = None if decay is None else AveragedWeights(model, decay=decay)
     is_recomputed = _choose_activations(recipe, parts, objective)
     source = step_source(recipe, parts.data)
     folder = Path(recipe.run.folder)
@@ -334,6 +285,7 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
             schedule=optimizer_section.schedule,
             warmup_steps=optimizer_section.warmup_steps,
             total_steps=source.total_steps,
+            decay_fraction=optimizer_section.decay_fraction or DECAY_FRACTION,
         ),
         settings=LoopSettings(
             window=recipe.bptt.window,
@@ -346,6 +298,7 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
             keep_checkpoints=recipe.run.keep_checkpoints,
             max_nonfinite_steps=recipe.run.max_nonfinite_steps,
             boundaries=parts.boundaries,
+            moment_bytes=moment_bytes(optimizer_section.name, parts.engine.device),
         ),
         metrics=MetricsLog(folder / "metrics.jsonl"),
         progress=progress,
@@ -357,8 +310,14 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
             "infctx": infctx.__version__,
             "torch": torch.__version__,
         },
-        save_adapter=adapter_writer(parts.adapter, folder / "adapter", base_fingerprint=parts.model_file.fingerprint),
+        save_adapter=adapter_writer(
+            parts.adapter,
+            folder / "adapter",
+            base_fingerprint=parts.model_file.fingerprint,
+            averaged=averaged,
+        ),
         trimmer=HeapTrimmer(parts.engine.device),
+        averaged=averaged,
     )
 
 
@@ -393,7 +352,11 @@ def _choose_activations(recipe: Recipe, parts: _Parts, objective: nn.Module) -> 
         chunk = recipe.bptt.chunk_tokens if recipe.data.mode == "stream" else min(recipe.bptt.chunk_tokens, longest)
         model.train()
         is_recomputed = should_recompute(
-            objective, model, tokens_at_once=recipe.run.rows * chunk, device=parts.engine.device
+            objective,
+            model,
+            tokens_at_once=recipe.run.rows * chunk,
+            device=parts.engine.device,
+            moment_bytes=moment_bytes(recipe.optimizer.name, parts.engine.device),
         )
     else:
         is_recomputed = wanted == "recompute"
@@ -421,6 +384,7 @@ def _headline(recipe: Recipe, parts: _Parts) -> list[str]:
     return [
         f"model      {name}, {config.n_layer} layers × {config.n_embd} channels, "
         f"{parts.num_base_parameters:,} parameters",
+        *([f"stored     {parts.base_in_words}"] if parts.base_in_words else []),
         f"trained    {trained:,} parameters ({recipe.adapter.in_words()})",
         f"data       {documents}, {train_tokens:,} tokens ({data.tokenizer}); held out {held_out:,} tokens{rejected}",
         f"gradient   {window_in_words(recipe)}",
@@ -510,11 +474,3 @@ def _result(folder: Path) -> dict[str, Any] | None:
         result = None
     # Missing or damaged: the run goes on from its last checkpoint and writes it again.
     return result if isinstance(result, dict) and result.keys() == set(RESULT_KEYS) else None
-
-
-def _check_base(recipe: Recipe, opened: ModelFile, state: RunState, *, folder: Path) -> None:
-    if state.facts.get("base_fingerprint") != opened.fingerprint:
-        raise CheckpointError(
-            f"{folder}: model.path {recipe.model.path} is not the model this run began with: its weights differ. "
-            "Put the original file back."
-        )

@@ -36,7 +36,7 @@ from infctx.cli_surgery import model_app
 from infctx.errors import CheckpointError, InfctxError, MachineError, machine_fault
 
 if TYPE_CHECKING:
-    from infctx.assemble import TrainedModel
+    from infctx.trained import TrainedModel
     from infctx.training.gradient_check import GradientCheck
 
 app = typer.Typer(
@@ -305,10 +305,19 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 @app.command("recipe-schema", epilog="Example: infctx recipe-schema > recipe.schema.json")
-def recipe_schema(as_json: AsJson = False) -> None:
+def recipe_schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a page of tables for people instead.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Print the JSON schema of a recipe, for editors."""
     from infctx.recipe.load import recipe_json_schema
+    from infctx.recipe.reference import recipe_reference
 
+    if markdown and as_json:
+        raise InfctxError("--markdown and --json exclude each other: the page is no JSON. Give one of them.")
+    if markdown:
+        print(recipe_reference(), end="")
+        return
     print(json.dumps(recipe_json_schema(), indent=None if as_json else 2))
 
 
@@ -379,13 +388,11 @@ def _flush_or_forget() -> None:
 
 
 def _open(source: Path) -> TrainedModel:
-    from infctx.assemble import open_trained
+    from infctx.trained import open_trained
 
     trained = open_trained(source)
-    for reason in trained.skipped:
-        say(f"Skipped a damaged checkpoint: {reason}")
-    if trained.step is not None:
-        say(f"{source}: the model of step {trained.step:,}.")
+    for note in trained.notes:
+        say(note)
     return trained
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from infctx.cli_export import Alpha, Start
 from infctx.cli_output import AsJson, answer, say, shown
 from infctx.errors import InfctxError
 
@@ -15,9 +16,6 @@ adapter_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-
-Alpha = Annotated[float | None, typer.Option(help="alpha of a LoRA; RWKV-PEFT's files do not hold it.")]
-Start = Annotated[Path | None, typer.Option("--init", help="The second file of a PiSSA, init_pissa.pth.")]
 
 
 @adapter_app.command(

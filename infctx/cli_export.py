@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from infctx.cli_adapter import Alpha, Start
 from infctx.cli_output import AsJson, answer, say
 from infctx.errors import InfctxError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from infctx.export.options import ExportOptions
     from infctx.export.proved import Exported
     from infctx.model.tensors import ModelTensors
@@ -32,6 +33,8 @@ Code = Annotated[
     Path | None,
     typer.Option(help="hf: a folder with modeling_rwkv6.py and configuration_rwkv6.py, to be carried along."),
 ]
+Alpha = Annotated[float | None, typer.Option(help="alpha of a LoRA; RWKV-PEFT's files do not hold it.")]
+Start = Annotated[Path | None, typer.Option("--init", help="The second file of a PiSSA, init_pissa.pth.")]
 Force = Annotated[bool, typer.Option(help="Replace an output that exists.")]
 
 
@@ -40,14 +43,24 @@ def export(
     output: Annotated[Path, typer.Option(help="The file or folder to write.")],
     format: Format = None,
     dtype: Dtype = "bf16",
-    shard_size: ShardSize = 5.0,
-    code: Code = None,
     adapter: Annotated[
         Path | None,
-        typer.Option(help="Merge this onto a model: a .pth of RWKV-PEFT, or a folder in peft's layout."),
+        typer.Option(help="Merge this onto a model: a .pth of RWKV-PEFT, a folder in peft's layout, or a run."),
     ] = None,
     alpha: Alpha = None,
     start: Start = None,
+    onto: Annotated[
+        str | None,
+        typer.Option(
+            help="After training on a quantised base: trained adds the adapter to the base it was trained on "
+            "(the default), original to the weights of the file."
+        ),
+    ] = None,
+    last_weights: Annotated[
+        bool, typer.Option("--last-weights", help="Of a run that averages its weights, take the last ones instead.")
+    ] = False,
+    shard_size: ShardSize = 5.0,
+    code: Code = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -56,20 +69,25 @@ def export(
     The formats: pth and safetensors under the official names (safetensors without a suffix becomes a folder of shards),
     hf as the RWKV models on the Hugging Face hub, fla for flash-linear-attention, gguf for llama.cpp.
     """
-    from infctx.assemble import open_for_export
-    from infctx.export.adapter_files import read_adapter
     from infctx.export.catalog import check_output, format_of
+    from infctx.trained import open_for_export
 
     options = _options(dtype, shard_size, code)
     chosen = format_of(output, format)
     check_output(output, format=chosen, force=force)
     if adapter is None and (alpha is not None or start is not None):
         raise InfctxError("--alpha and --init tell of an --adapter; there is none.")
-    changes = None if adapter is None else read_adapter(adapter, alpha=alpha, start=start)
-    opened = open_for_export(source, adapter=changes, origin=str(adapter))
+    if onto not in (None, "trained", "original"):
+        raise InfctxError(f"--onto {onto}: expected trained or original.")
+    opened = open_for_export(source, adapter=adapter, alpha=alpha, start=start, last_weights=last_weights, onto=onto)
     for line in opened.notes:
         say(line)
-    _write(opened.source, output, chosen, options, force=force, dtype=dtype, as_json=as_json, expected=opened.logits)
+    facts: dict[str, object] = {"averaged_weights": opened.is_averaged}
+    if opened.difference is not None:
+        facts["onto"] = opened.onto
+        facts["merge_weight_difference"], facts["merge_logit_difference"] = opened.difference
+    written = _write(opened.source, output, chosen, options, force=force, dtype=dtype, expected=opened.logits)
+    answer(written | facts, as_json)
 
 
 def convert(
@@ -90,7 +108,7 @@ def convert(
     chosen = format_of(output, format)
     check_output(output, format=chosen, force=force)
     opened = open_model(source, is_streamed=True)
-    _write(opened, output, chosen, options, force=force, dtype=dtype, as_json=as_json)
+    answer(_write(opened, output, chosen, options, force=force, dtype=dtype), as_json)
 
 
 def _options(dtype: str, shard_size: float, code: Path | None) -> ExportOptions:
@@ -109,9 +127,9 @@ def _write(
     *,
     force: bool,
     dtype: str,
-    as_json: bool,
-    expected: object = None,
-) -> None:
+    expected: Tensor | None = None,
+) -> dict[str, object]:
+    """Write, prove and tell; returns what a program is told."""
     from infctx.export.proved import export_model
 
     def write(watched: ModelTensors) -> Exported:
@@ -128,7 +146,7 @@ def _write(
     facts = {"path": str(output), "format": format, "max_logit_difference": written.max_logit_difference}
     writing, proving = written.seconds
     seconds = {"writing": round(writing, 2), "proving": round(proving, 2)}
-    answer({**facts, "bytes": written.num_bytes, "seconds": seconds, "notes": list(written.notes)}, as_json)
+    return {**facts, "bytes": written.num_bytes, "seconds": seconds, "notes": list(written.notes)}
 
 
 def with_bar(source: ModelTensors, write: Callable[[ModelTensors], Exported]) -> Exported:

@@ -183,14 +183,18 @@ def model_merge(
 def _opened(paths: Sequence[Path], output: Path, *, dtype: str, force: bool) -> list[ModelTensors]:
     """The sources, when it is sure that the output can be written."""
     from infctx.checkpoint.model_file import open_model
-    from infctx.export.catalog import check_output, format_of
+    from infctx.export.catalog import check_output
     from infctx.export.options import DTYPES
     from infctx.export.sources import refuse_same_place
 
     if dtype not in DTYPES:
         raise InfctxError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
+    if output.suffix not in (".pth", ".safetensors"):
+        raise InfctxError(
+            f"{output}: expected a name that ends in .pth or .safetensors. infctx model convert writes other formats."
+        )
     refuse_same_place(paths, output)
-    check_output(output, format=format_of(output, None), force=force)
+    check_output(output, format=output.suffix[1:], force=force)
     return [open_model(path, is_streamed=True) for path in paths]
 
 
@@ -208,12 +212,11 @@ def _write(
         Facts for programs.
     """
     from infctx.cli_export import with_bar
-    from infctx.export.catalog import format_of
     from infctx.export.options import DTYPES, ExportOptions
     from infctx.export.proved import export_model
     from infctx.export.verify import probe_logits
 
-    options, format = ExportOptions(dtype=DTYPES[dtype]), format_of(output, None)
+    options, format = ExportOptions(dtype=DTYPES[dtype]), output.suffix[1:]
     expected = None if source is None else probe_logits(source)
     written = with_bar(
         result,
@@ -225,7 +228,7 @@ def _write(
     say(f"Wrote {output}: {name}, {result.num_parameters:,} parameters ({dtype} dtype, {written.num_bytes:,} bytes).")
     facts = {"path": str(output), "version": result.config.version, "parameters": result.num_parameters}
     if source is None:
-        say("Read back: it computes what was to be written.")
+        say("Read back: its logits are those of what was to be written.")
         return facts
     say(
         f"Read back: largest logit difference {written.max_logit_difference:.2e} against the source, in float32 "

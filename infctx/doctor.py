@@ -11,7 +11,17 @@ import torch
 import infctx
 from infctx_kernels.dispatch import FASTEST_FIRST, RUNS_ON, choose_backend
 
-PACKAGES = ("torch", "lightning", "peft", "safetensors", "pyrwkv-tokenizer", "pydantic", "triton", "deepspeed")
+PACKAGES = (
+    "torch",
+    "lightning",
+    "peft",
+    "safetensors",
+    "pyrwkv-tokenizer",
+    "pydantic",
+    "triton",
+    "deepspeed",
+    "bitsandbytes",
+)
 HEAD_SIZE = 64
 
 

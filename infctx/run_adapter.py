@@ -17,8 +17,12 @@ from infctx.checkpoint.safetensors_file import read_safetensors, write_safetenso
 from infctx.errors import CheckpointError, RecipeError
 from infctx.model.finch import Finch
 from infctx.recipe.adapter_section import AdapterSection
+from infctx.training.averaged_weights import AveragedWeights
 
 START_FILE = "adapter_start.safetensors"
+_AVERAGED_NOTE = """
+Its weights are their moving average over the run (`optimizer.ema_decay`), not those of the last step.
+"""
 _BASE_KEY = "infctx.base_fingerprint"
 
 
@@ -117,11 +121,19 @@ def keep_start(adapter: Adapter, folder: Path, *, base_fingerprint: str) -> None
         raise RecipeError(f"run.folder: {folder}: another process has begun this run just now. Start it again.")
 
 
-def adapter_writer(adapter: Adapter, folder: Path, *, base_fingerprint: str) -> Callable[[], None]:
-    """Writes the adapter folder anew; a full fine-tune has none."""
+def adapter_writer(
+    adapter: Adapter, folder: Path, *, base_fingerprint: str, averaged: AveragedWeights | None = None
+) -> Callable[[], None]:
+    """Writes the adapter folder anew, of the averages if there are any; a full fine-tune has none."""
 
     def build(unfinished: Path) -> None:
-        adapter.save(unfinished, base_fingerprint=base_fingerprint)
+        if averaged is None:
+            adapter.save(unfinished, base_fingerprint=base_fingerprint)
+            return
+        with averaged.in_place():
+            adapter.save(unfinished, base_fingerprint=base_fingerprint)
+        with (unfinished / "README.md").open("a", encoding="utf-8") as readme:
+            readme.write(_AVERAGED_NOTE)
 
     def write() -> None:
         if adapter.has_files:

@@ -201,6 +201,7 @@ def step_source(recipe: Recipe, data: RunData, *, rank: int = 0, world: int = 1)
         "epochs": run.epochs,
         "steps": run.steps,
         "order": data.order,
+        "token_dropout": recipe.optimizer.token_dropout,
         "rank": rank,
         "world": world,
     }

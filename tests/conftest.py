@@ -21,7 +21,12 @@ from infctx.model.init import initialise_, new_config
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--llama-python", help="a Python that has llama-cpp-python: its llama.cpp reads our GGUF files")
+    """What tests/readers needs and this project does not install: other people's model code, and a Python to run it."""
+    group = parser.getgroup("readers", "tests/readers: exports read by programs nobody here wrote")
+    group.addoption("--hf-code", metavar="FOLDER", help="modeling_rwkv{5,6}.py and the files that go with them")
+    group.addoption("--hf-python", metavar="PYTHON", help="a Python with torch and transformers (default: this one)")
+    group.addoption("--fla-python", metavar="PYTHON", help="a Python with flash-linear-attention")
+    group.addoption("--llama-python", metavar="PYTHON", help="a Python with llama-cpp-python")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

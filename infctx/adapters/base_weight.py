@@ -5,15 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from infctx.model.quantized_linear import QuantizedLinear
+
 
 def base_weight(module: nn.Module) -> Tensor:
     """The values of a matrix that adapters are put on, outside any graph.
 
     Args:
-        module: a Linear or an Embedding, not the adapter around it.
+        module: a Linear, plain or quantised, or an Embedding; not the adapter around it.
     Returns:
-        float32 (float64 of a float64 matrix), in the shape of module.weight; it may share the parameter's memory.
+        float32 (float64 of a float64 matrix), [out, in] or [vocab, channels]; it may share the parameter's memory.
     """
+    if isinstance(module, QuantizedLinear):
+        return module.dequantized()
     return exact_values(module.weight)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from infctx.adapters.weight_updates import Update
 from infctx.errors import CheckpointError
-from infctx.model.finch_keys import is_initial_shift, is_start, is_time_state, key_rows, layer_of
+from infctx.model.finch_keys import is_initial_shift, is_time_state, key_rows, layer_of, start_parameters
 from infctx.model.tensors import ModelTensors, StoredTensor
 
 
@@ -45,13 +45,9 @@ def apply_to(base: ModelTensors, changes: ModelChanges, *, file: str) -> ModelTe
     """
     _check_layers(base, changes, file=file)
     replaced = {name: _fitted(name, tensor, base, file=file) for name, tensor in changes.replaced.items()}
-    starts = [name for name in (*base.tensors, *replaced) if is_start(name)]
+    starts = start_parameters({**base.tensors, **replaced})
     tensors = {}
-    for row in key_rows(
-        base.config,
-        has_initial_state=any(map(is_time_state, starts)),
-        has_initial_shifts=any(map(is_initial_shift, starts)),
-    ):
+    for row in key_rows(base.config, **starts):
         name = row.official
         if name not in replaced and name not in base.tensors:
             raise CheckpointError(f"{file}: {name} is missing; expected it in all {base.config.n_layer} layers.")
@@ -67,7 +63,7 @@ def _check_layers(base: ModelTensors, changes: ModelChanges, *, file: str) -> No
         layer = layer_of(name)
         if layer is not None and layer > last:
             raise CheckpointError(f"{file}: {name}: expected layers 0 to {last}, as in the base {base.origin}.")
-        if name not in base.tensors and not is_start(name):
+        if name not in base.tensors and not (is_time_state(name) or is_initial_shift(name)):
             raise CheckpointError(
                 f"{file}: {name}: the base {base.origin}, an RWKV-{base.config.version} model, has no such tensor. "
                 "Give the base it was trained on."
@@ -85,9 +81,9 @@ def _check_layers(base: ModelTensors, changes: ModelChanges, *, file: str) -> No
 
 def _fitted(name: str, tensor: Tensor, base: ModelTensors, *, file: str) -> Tensor:
     """A whole tensor in the shape official files give it; squeezed ones are accepted."""
-    config = base.config
-    start = (config.n_head, config.head_size, config.head_size) if is_time_state(name) else (config.n_embd,)
-    expected = base.tensors[name].shape if name in base.tensors else start
+    size = base.config.head_size
+    of_starts = (base.config.n_embd,) if is_initial_shift(name) else (base.config.n_head, size, size)
+    expected = base.tensors[name].shape if name in base.tensors else of_starts
     if [n for n in tensor.shape if n != 1] != [n for n in expected if n != 1]:
         raise CheckpointError(
             f"{file}: tensor {name}: expected shape {list(expected)}, as in {base.origin}; found {list(tensor.shape)}. "

@@ -22,15 +22,18 @@ from infctx.adapters.adapter_folder import (
     write_tensors,
     write_trained,
 )
-from infctx.adapters.base_weight import exact_values, set_base_weight_
+from infctx.adapters.base_weight import base_weight, exact_values, set_base_weight_
 from infctx.adapters.patterns import matching_parameters
 from infctx.adapters.peft_kinds import EMBEDDING_KINDS, PRINCIPAL_KINDS, PeftSettings, check_ranks, peft_config
 from infctx.adapters.peft_merge import merged_weight, set_exact_magnitude_
 from infctx.adapters.principal import ADAPTER, as_plain_lora, begin_from_principal_part_
+from infctx.adapters.quantized_base import dequantize_, refuse_quantized
 from infctx.adapters.state_tuning import add_start_parameters_
 from infctx.adapters.targets import by_matrix, target_matrices
 from infctx.errors import RecipeError
+from infctx.model.bitsandbytes_linear import without_its_advice
 from infctx.model.finch import Finch
+from infctx.model.quantized_linear import QuantizedLinear
 
 if TYPE_CHECKING:
     import peft
@@ -82,10 +85,17 @@ class PeftAdapter:
         matrix = name.removesuffix(".weight")
         if matrix in self.layers:
             return merged_weight(self.layers[matrix])
+        owner = self._model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, QuantizedLinear):
+            return base_weight(owner)
         return exact_values(self._model.get_parameter(name))
 
     def merge_(self) -> None:
-        """Fold the adapter into the weights and take it out of the model, in place."""
+        """Fold the adapter into the weights and take it out of the model, in place.
+
+        Quantised matrices become plain ones first: what the adapter is added to is what it was trained on.
+        """
+        dequantize_(self._model)
         for layer in self.layers.values():
             set_base_weight_(layer.get_base_layer(), merged_weight(layer))
         self.peft_model.unload()
@@ -110,7 +120,8 @@ def attach_lora(
         targets: last part or parts of the matrices' names, as "key" or "channel_mix.key", or globs.
         train_also: glob patterns of parameters that are trained as they are.
     Raises:
-        RecipeError: a target matches no matrix, or a pattern no parameter; names the nearest.
+        RecipeError: a target matches no matrix, or a pattern no parameter; names the nearest. A pattern matches a
+            matrix that is stored quantised.
     """
     return attach_peft(
         model,
@@ -172,9 +183,12 @@ def wrap(model: nn.Module, config: peft.PeftConfig, trained: Iterable[str], fact
     Args:
         trained: their names.
     """
-    import peft
+    # peft imports bitsandbytes where it is installed.
+    with without_its_advice():
+        import peft
 
     raw_parameters = {name: model.get_parameter(name) for name in trained}
+    refuse_quantized(raw_parameters.items(), key="adapter.train_also")
     # New modules begin in training; dropout would act in a model that is being evaluated.
     peft_model = peft.get_peft_model(model, config).train(model.training)
     for parameter in raw_parameters.values():

@@ -17,6 +17,7 @@ from infctx.errors import CheckpointError
 from infctx.model import finch_keys
 from infctx.model.config import FinchConfig
 from infctx.model.finch import Finch
+from infctx.model.quantized_linear import QuantizedLinear
 from infctx.model.tensors import ModelTensors, StoredTensor
 
 # Enough of every tensor to tell two models apart, little enough to take no time at 14 B parameters.
@@ -104,7 +105,13 @@ def official_tensors(model: Finch) -> dict[str, Tensor]:
     rows = finch_keys.key_rows(
         model.config, has_initial_state=model.has_initial_state, has_initial_shifts=model.has_initial_shifts
     )
-    return {row.official: finch_keys.to_official(row, model.get_parameter(row.ours).detach()) for row in rows}
+    return {row.official: finch_keys.to_official(row, _values(model, row.ours)) for row in rows}
+
+
+def _values(model: Finch, name: str) -> Tensor:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    # What is stored in such a layer are codes.
+    return owner.dequantized() if isinstance(owner, QuantizedLinear) else model.get_parameter(name).detach()
 
 
 def fingerprint(source: ModelTensors) -> str:

@@ -19,6 +19,7 @@ from infctx.data.chunking import ChunkSequence, RowSlice, chunk_rows
 from infctx.data.document import Document
 from infctx.data.document_set import DocumentSet
 from infctx.data.order import DocumentOrder
+from infctx.data.token_dropout import drop_targets
 from infctx.errors import DataError
 
 
@@ -72,6 +73,7 @@ class StepSource(ABC):
         rank: int,
         world: int,
         order: DocumentOrder | None = None,
+        token_dropout: float = 0.0,
     ) -> None:
         if (epochs is None) == (steps is None):
             raise DataError(f"expected exactly one of run.steps and run.epochs, got steps={steps}, epochs={epochs}.")
@@ -88,6 +90,7 @@ class StepSource(ABC):
         self._num_rows = rows * accumulate * world
         self._chunk_tokens = chunk_tokens
         self._seed, self._epochs, self._steps = seed, epochs, steps
+        self._token_dropout = token_dropout
         self._step = 0
         # The next document: its epoch, and its place in that epoch's permutation.
         self._epoch, self._position = 0, 0
@@ -128,6 +131,8 @@ class StepSource(ABC):
 
     def _step_data(self, slices: Sequence[RowSlice]) -> StepData:
         self._step += 1
+        # Of all rows and before anything is added up, so that what the loss is divided by is the weight of the kept.
+        slices = drop_targets(slices, probability=self._token_dropout, seed=self._seed, step=self._step)
         groups = []
         for group in range(self._accumulate):
             firsts = [(rank * self._accumulate + group) * self._rows for rank in range(self._world)]

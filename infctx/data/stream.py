@@ -23,6 +23,7 @@ class StreamSource(StepSource):
         chunk_tokens, window: a step is the next `window` chunks of `chunk_tokens` tokens of every row.
         order: of the documents; by default a permutation for each epoch.
         epochs, steps: the end, exactly one. With epochs, rows that run out first are padded and nothing is dropped.
+        token_dropout: probability that a target is left out of its step, see `drop_targets`.
     """
 
     kind = "stream"
@@ -42,6 +43,7 @@ class StreamSource(StepSource):
         rank: int = 0,
         world: int = 1,
         order: DocumentOrder | None = None,
+        token_dropout: float = 0.0,
     ) -> None:
         super().__init__(
             documents,
@@ -54,6 +56,7 @@ class StreamSource(StepSource):
             rank=rank,
             world=world,
             order=order,
+            token_dropout=token_dropout,
         )
         assert window >= 1, f"window={window}"
         self._step_tokens = window * chunk_tokens
@@ -138,6 +141,7 @@ class DocumentSource(StepSource):
         order: of the documents; by default a permutation for each epoch.
         epochs, steps: the end, exactly one. The next epoch's documents fill up the last rows of the one before.
         pack_tokens: put consecutive documents into one row while their sum is at most this; None = one a row.
+        token_dropout: probability that a target is left out of its step, see `drop_targets`.
     """
 
     kind = "document"
@@ -158,6 +162,7 @@ class DocumentSource(StepSource):
         world: int = 1,
         order: DocumentOrder | None = None,
         pack_tokens: int | None = None,
+        token_dropout: float = 0.0,
     ) -> None:
         super().__init__(
             documents,
@@ -170,6 +175,7 @@ class DocumentSource(StepSource):
             rank=rank,
             world=world,
             order=order,
+            token_dropout=token_dropout,
         )
         self._pack_tokens = pack_tokens
         # The step, epoch and place from which steps have had this number of rows.

@@ -132,3 +132,23 @@ def _times_rows(hidden: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _copied(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copy.deepcopy(module).to(dtype)
+
+
+class MergeDifference(NamedTuple):
+    """weight: largest relative one of a tensor, norm over norm. logit: largest of the logits of the probe."""
+
+    weight: float
+    logit: float
+
+
+@torch.no_grad()
+def merge_difference(model: ModelTensors, other: ModelTensors) -> MergeDifference:
+    """How far two models of the same sizes are apart, in weights beside those of `other`, and in logits."""
+    largest = 0.0
+    for name, stored in model.tensors.items():
+        theirs = other.tensors[name]
+        if theirs is not stored:
+            values = theirs.read().float()
+            size = float(values.norm())
+            largest = max(largest, float((stored.read().float() - values).norm()) / size if size else 0.0)
+    return MergeDifference(weight=largest, logit=max_logit_difference(other, model))

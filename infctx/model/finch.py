@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -74,6 +75,8 @@ class Finch(nn.Module):
         # The dtype of the activations where it is not that of the weights: bf16 training keeps some weights float32.
         self.compute_dtype: torch.dtype | None = None
         self.recomputes_layers = False
+        # In training, the largest absolute value of what is added to the embeddings at random; 0 = nothing.
+        self.embedding_noise = 0.0
         # Of the operators around the recurrence, the loss among them; None = the fastest.
         self.surrounding_backend: str | None = None
         if has_initial_shifts:
@@ -172,6 +175,13 @@ class Finch(nn.Module):
         """Keep only each layer's input for the backward pass, and run the layer again there: the same numbers."""
         self.recomputes_layers = wanted
 
+    def add_embedding_noise(self, alpha: float, *, chunk_tokens: int) -> None:
+        """In training, add noise to each embedding, uniform within ± alpha / sqrt(chunk_tokens · channels); 0 = none.
+
+        Source: NEFTune, arXiv 2310.05914, algorithm 1, with the length of a chunk for that of a sequence.
+        """
+        self.embedding_noise = alpha / math.sqrt(chunk_tokens * self.config.n_embd)
+
     def use_backend(self, name: str | None) -> None:
         """Run the recurrence on this WKV6 backend; None = the fastest that can run where the tensors are.
 
@@ -187,7 +197,12 @@ class Finch(nn.Module):
         return torch.zeros(shape, dtype=self.state_dtype, device=self.embedding.weight.device)
 
     def _embed(self, tokens: Tokens) -> Activations:
-        return self.input_norm(self.embedding(tokens).to(self._activation_dtype()))
+        x = self.embedding(tokens)
+        if self.training and self.embedding_noise > 0.0:
+            # Before anything is rounded to bf16, where most of so small a number would be lost.
+            x = x if x.dtype == torch.float64 else x.float()
+            x = x + torch.empty_like(x).uniform_(-self.embedding_noise, self.embedding_noise)
+        return self.input_norm(x.to(self._activation_dtype()))
 
     def _activation_dtype(self) -> torch.dtype:
         return self.compute_dtype or self.embedding.weight.dtype

@@ -64,6 +64,10 @@ _PARTS = {
 _STORED_AS_1_1_C = ("time_maa_", "time_mix_", "time_decay")
 # Stored value axis before key axis; our states have the key axis first.
 _STORED_TRANSPOSED = "time_state"
+_STATE = (_STORED_TRANSPOSED, "initial_state")
+# Ours alone: no other program knows it, and official files never have it.
+_SHIFT = ("shift_state", "initial_shift")
+_STARTS = [_STATE, _SHIFT]
 
 
 class KeyRow(NamedTuple):
@@ -73,7 +77,6 @@ class KeyRow(NamedTuple):
     ours: str
 
 
-_STARTS = [(_STORED_TRANSPOSED, "initial_state"), ("shift_state", "initial_shift")]
 _BLOCK_ROWS = [
     *(KeyRow(f"{official}.{last}", f"{ours}.{last}") for official, ours in _LAYER_NORMS for last in ("weight", "bias")),
     *(
@@ -82,7 +85,7 @@ _BLOCK_ROWS = [
     ),
     *(
         KeyRow(f"ffn.{official}", f"channel_mix.{ours}")
-        for official, ours in [*_FINCH_CHANNEL_MIX, *_EAGLE_CHANNEL_MIX, _STARTS[1], *_CHANNEL_MATRICES]
+        for official, ours in [*_FINCH_CHANNEL_MIX, *_EAGLE_CHANNEL_MIX, _SHIFT, *_CHANNEL_MATRICES]
     ),
 ]
 _OTHER_ROWS = [
@@ -109,9 +112,8 @@ def key_rows(config: FinchConfig, *, has_initial_state: bool, has_initial_shifts
             yield from _norm(f"blocks.{i}.{official}", f"blocks.{i}.{ours}")
         if i == 0:
             yield from _norm("blocks.0.ln0", "input_norm")
-        state = [("time_state", "initial_state")] if has_initial_state else []
-        # Ours alone: no other program knows them, and official files never have them.
-        shift = [("shift_state", "initial_shift")] if has_initial_shifts else []
+        state = [_STATE] if has_initial_state else []
+        shift = [_SHIFT] if has_initial_shifts else []
         for official, ours in [*time_mix, *state, *shift, *_MATRICES]:
             yield KeyRow(f"blocks.{i}.att.{official}", f"blocks.{i}.time_mix.{ours}")
         for official, ours in [*channel_mix, *shift, *_CHANNEL_MATRICES]:

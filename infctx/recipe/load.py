@@ -26,6 +26,9 @@ from infctx.recipe.problems import (
 from infctx.recipe.scalars import plain_value
 from infctx.recipe.schema import Recipe
 
+RECIPE_FILE = "recipe.yaml"
+"""What a resolved recipe is called in a run folder."""
+
 MAX_RECIPE_BYTES = 1_000_000
 MAX_FOREIGN_VALUES = 100_000
 _MAX_DEPTH = 16

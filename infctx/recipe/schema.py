@@ -5,29 +5,27 @@ This file knows neither torch nor the disk: whatever needs a file or a device to
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from infctx.recipe.adapter_section import AdapterSection
 from infctx.recipe.data_section import DataSection
-from infctx.recipe.fields import (
-    Beta,
-    Count,
-    CountOrZero,
-    FewCount,
-    Number,
-    Section,
-    Text,
-    refuse,
-    tuple_from_list,
-)
+from infctx.recipe.fields import Count, FewCount, Number, Section, Text, refuse
+from infctx.recipe.optimizer_section import OptimizerSection
 
-_DECAYING = ("cosine", "linear", "exponential")
+# Adapters that compute with a base matrix only as a function, and never read or change its values.
+_ON_A_QUANTIZED_BASE = ("lora", "rslora", "state")
 
 
 class ModelSection(Section):
     """The model to start from."""
 
     path: Text = Field(description="Model file: an official .pth, or .safetensors as this project writes it.")
+    quantize: Literal["none", "int8", "nf4", "bnb-int8"] = Field(
+        default="none",
+        description="How the frozen matrices of the blocks are stored under an adapter: none: as floats; int8: 8.5 "
+        "bits a weight; nf4: 4.5 bits, through bitsandbytes; bnb-int8: 8 bits, with inputs rounded to 8 bits, too, "
+        "through bitsandbytes. Embedding and head stay as they are.",
+    )
 
 
 class BpttSection(Section):
@@ -54,48 +52,6 @@ class BpttSection(Section):
     )
 
 
-class OptimizerSection(Section):
-    """AdamW and its learning-rate schedule."""
-
-    lr: Annotated[Number, Field(gt=0)] = Field(description="Highest learning rate, per step.")
-    warmup_steps: CountOrZero = Field(default=10, description="Steps over which the learning rate rises to lr.")
-    schedule: Literal["constant", "cosine", "linear", "exponential"] = Field(
-        default="constant", description="Course of the learning rate from the warm-up to the last step."
-    )
-    lr_final: Annotated[Number, Field(ge=0)] | None = Field(
-        default=None, description="Learning rate of the last step of a decaying schedule; null: lr / 10."
-    )
-    clip: Annotated[Number, Field(gt=0)] | None = Field(
-        default=1.0, description="Largest norm of the whole gradient; null: not clipped."
-    )
-    weight_decay: Annotated[Number, Field(ge=0)] = Field(
-        default=0.0, description="AdamW weight decay of the matrices, per unit of learning rate."
-    )
-    betas: Annotated[tuple[Beta, Beta], BeforeValidator(tuple_from_list)] = Field(
-        default=(0.9, 0.99), description="Adam's averaging factors of the gradient and of its square, each in [0, 1)."
-    )
-    eps: Annotated[Number, Field(gt=0)] = Field(
-        default=1e-8, description="Adam's term in the denominator, in units of the gradient."
-    )
-    l2_wrap: Annotated[Number, Field(ge=0)] = Field(
-        default=0.0,
-        description="Weight of half the square of each token's largest logit in the training loss, so that the logits "
-        "do not drift; the official trainers use 1e-4, in full fine-tuning.",
-    )
-    decay_lr_multiplier: Annotated[Number, Field(gt=0)] = Field(
-        default=2.0, description="Learning rate of the decay base vectors, as a multiple of lr."
-    )
-
-    @model_validator(mode="after")
-    def _final_rate_fits_the_schedule(self) -> Self:
-        if self.schedule == "constant" and self.lr_final is not None:
-            choices = ", ".join(_DECAYING)
-            refuse([("optimizer.lr_final", f"means nothing with schedule constant; remove it or choose {choices}")])
-        if self.schedule == "exponential" and self.lr_final == 0:
-            refuse([("optimizer.lr_final", "an exponential schedule never reaches 0; give a number above 0")])
-        return self
-
-
 class KernelSection(Section):
     """Which implementation of the recurrence runs."""
 
@@ -118,7 +74,7 @@ class RunSection(Section):
         default="auto", description="Compute precision; bf16 keeps trained weights and states in fp32."
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        default=0, description="Seed of the order of documents, of new weights and of dropout."
+        default=0, description="Seed of the order of documents, of new weights, of dropout and of noise."
     )
     checkpoint_every: Count | None = Field(
         default=None, description="Steps between checkpoints; null: one at the end only."
@@ -151,13 +107,22 @@ class Recipe(Section):
     data: DataSection = Field(description="The documents, how they are read, and which are held out.")
     adapter: AdapterSection = Field(default_factory=AdapterSection, description="Which weights are trained.")
     bptt: BpttSection = Field(default_factory=BpttSection, description="How far the gradient reaches back.")
-    optimizer: OptimizerSection = Field(description="AdamW and its learning-rate schedule.")
+    optimizer: OptimizerSection = Field(description="AdamW, its learning rates, and terms of the training loss.")
     kernel: KernelSection = Field(default_factory=KernelSection, description="Implementation of the recurrence.")
     run: RunSection = Field(description="Where a run writes, how long it lasts and what it runs on.")
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         problems = []
+        if self.model.quantize != "none" and self.adapter.kind not in _ON_A_QUANTIZED_BASE:
+            problems.append(
+                (
+                    "model.quantize",
+                    f"{self.model.quantize} stores frozen matrices as codes, and adapter.kind {self.adapter.kind} "
+                    "trains them or computes with their values; set adapter.kind: "
+                    f"{' or '.join(_ON_A_QUANTIZED_BASE)}, or model.quantize: none",
+                )
+            )
         if self.data.mode == "stream" and self.bptt.window == "document":
             problems.append(
                 (
@@ -184,10 +149,9 @@ class Recipe(Section):
     def resolved(self) -> Self:
         """The same recipe with everything filled in that can be known without reading a file or asking a device."""
         data = self.data.model_copy(update={"mode": self._resolved_mode()})
-        adapter, optimizer = self.adapter.resolved(), self.optimizer
-        if optimizer.schedule in _DECAYING and optimizer.lr_final is None:
-            optimizer = optimizer.model_copy(update={"lr_final": optimizer.lr / 10})
-        return self.model_copy(update={"data": data, "adapter": adapter, "optimizer": optimizer})
+        return self.model_copy(
+            update={"data": data, "adapter": self.adapter.resolved(), "optimizer": self.optimizer.resolved()}
+        )
 
     def to_mapping(self) -> dict[str, dict[str, object]]:
         """Plain sections of plain values, which read back as an equal recipe.

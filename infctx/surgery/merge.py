@@ -54,43 +54,59 @@ def merge_models(
         _check_same_sizes(inputs[0], other)
     tensors = {}
     for name, first in sources[0].tensors.items():
-        stored = [model.tensors[name] for model in inputs]
-        work = torch.float64 if any(part.dtype == torch.float64 for part in stored) else torch.float32
-        tensors[name] = _merged(stored, factors, method=method, work=work, dtype=dtype or first.dtype)
+        tensors[name] = _merged(
+            [model.tensors[name] for model in sources],
+            factors,
+            base=None if base is None else base.tensors[name],
+            on_arc=method == "slerp",
+            dtype=dtype or first.dtype,
+        )
     tokenizer = next((model.tokenizer for model in inputs if model.tokenizer is not None), None)
     return dataclasses.replace(sources[0], tensors=tensors, tokenizer=tokenizer)
 
 
 def _merged(
-    stored: Sequence[StoredTensor], factors: Sequence[float], *, method: str, work: torch.dtype, dtype: torch.dtype
+    stored: Sequence[StoredTensor],
+    factors: Sequence[float],
+    *,
+    base: StoredTensor | None,
+    on_arc: bool,
+    dtype: torch.dtype,
 ) -> StoredTensor:
-    """stored: one for each factor, and behind them the base's for task arithmetic."""
+    """Σ factor·x, or base + Σ factor·(x − base); on_arc: the factors are shares of the way between two."""
 
     def read() -> Tensor:
-        if method == "slerp":
-            return _slerp(stored[0].read().to(work), stored[1].read().to(work), factors).to(dtype)
-        origin = stored[-1].read().to(work) if method == "task" else None
-        total = torch.zeros(stored[0].shape, dtype=work) if origin is None else origin.clone()
-        for part, factor in zip(stored, factors, strict=False):
-            # A model of weight 0 has no part in it, not even through an infinity.
-            if factor != 0:
-                value = part.read().to(work)
+        # A model of weight 0 has no part in it, not even through an infinity.
+        kept = [(part.read(), factor) for part, factor in zip(stored, factors, strict=True) if factor != 0]
+        if on_arc and len(kept) == 2:
+            kept = _on_the_arc(kept)
+        merged = torch.empty(stored[0].shape, dtype=dtype)
+        origins = None if base is None else base.read().reshape(-1).split(_BLOCK)
+        terms = [(tensor.reshape(-1).split(_BLOCK), factor) for tensor, factor in kept]
+        # In blocks: float32 copies of whole embeddings would take several times the memory of what is read.
+        for place, block in enumerate(merged.view(-1).split(_BLOCK)):
+            origin = None if origins is None else origins[place].to(work)
+            total = torch.zeros(block.shape, dtype=work) if origin is None else origin.clone()
+            for blocks, factor in terms:
+                value = blocks[place].to(work)
                 total.add_(value if origin is None else value - origin, alpha=factor)
-        return total.to(dtype)
+            block.copy_(total)
+        return merged
 
+    inputs = [*stored, *([] if base is None else [base])]
+    work = torch.float64 if any(part.dtype == torch.float64 for part in inputs) else torch.float32
     return StoredTensor(stored[0].shape, dtype, read)
 
 
-def _slerp(start: Tensor, end: Tensor, factors: Sequence[float]) -> Tensor:
-    fraction = factors[1]
+def _on_the_arc(ends: Sequence[tuple[Tensor, float]]) -> list[tuple[Tensor, float]]:
+    """Two tensors with the factors of the point on the arc between them, for shares of the way as factors."""
+    (start, first), (end, second) = ends
     lengths = math.sqrt(_dot(start, start)) * math.sqrt(_dot(end, end))
     cosine = _dot(start, end) / lengths if lengths > 0 else 1.0
     if not abs(cosine) < _PARALLEL_COSINE:
-        return start * (1 - fraction) + end * fraction
+        return list(ends)
     angle = math.acos(cosine)
-    return start * (math.sin((1 - fraction) * angle) / math.sin(angle)) + end * (
-        math.sin(fraction * angle) / math.sin(angle)
-    )
+    return [(start, math.sin(first * angle) / math.sin(angle)), (end, math.sin(second * angle) / math.sin(angle))]
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

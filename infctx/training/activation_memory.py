@@ -24,11 +24,20 @@ def activation_bytes(objective: Callable[..., tuple[Tensor, ...]], model: Finch)
 
 
 def should_recompute(
-    objective: Callable[..., tuple[Tensor, ...]], model: Finch, *, tokens_at_once: int, device: torch.device
+    objective: Callable[..., tuple[Tensor, ...]],
+    model: Finch,
+    *,
+    tokens_at_once: int,
+    device: torch.device,
+    moment_bytes: int = 8,
 ) -> bool:
-    """Whether the activations of so many tokens (rows × chunk) would not fit beside what training needs."""
-    # The gradient and Adam's two moments, all float32, are still to come.
-    training = sum(p.numel() * 12 for p in model.parameters() if p.requires_grad)
+    """Whether the activations of so many tokens (rows × chunk) would not fit beside what training needs.
+
+    Args:
+        moment_bytes: the optimizer's on the device, for each trained parameter.
+    """
+    # The gradient in float32 and Adam's two moments are still to come.
+    training = sum(p.numel() * (4 + moment_bytes) for p in model.parameters() if p.requires_grad)
     room = ACTIVATION_SHARE * max(0, free_bytes(device) - training)
     return activation_bytes(objective, model) * tokens_at_once > room
 

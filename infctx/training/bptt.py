@@ -25,7 +25,7 @@ from infctx.data.chunking import Chunk
 from infctx.model.state import ModelState
 from infctx.shapes import Scalar, Starts, Targets, Tokens, TokenWeights
 from infctx.training.boundary_store import Bank, BoundaryPlan
-from infctx.training.loss import weighted_loss_sum
+from infctx.training.loss import CROSS_ENTROPY, LossTerms, weighted_loss_sum
 from infctx.training.random_replay import RandomReplay, replayed
 from infctx.training.set_losses import add_set_losses, sum_by_set
 from infctx.training.step_place import WindowsPlace
@@ -39,11 +39,11 @@ class ChunkObjective(nn.Module):
     The state travels as three tensors, so that nothing on the way can mistake it for activations and round it.
     """
 
-    def __init__(self, model: nn.Module, *, l2_wrap: float = 0.0) -> None:
+    def __init__(self, model: nn.Module, *, terms: LossTerms = CROSS_ENTROPY) -> None:
         super().__init__()
         self.model = model
         self._has_dropout = has_dropout(model)
-        self._l2_wrap = l2_wrap
+        self._terms = terms
 
     def forward(
         self,
@@ -66,7 +66,8 @@ class ChunkObjective(nn.Module):
         """
         state = ModelState(wkv, att_shift, ffn_shift)
         of_sets = [] if sets is None else [wkv.new_zeros(num_sets, dtype=torch.float64)]
-        # With dropout the whole of it runs, so that a chunk draws the same random numbers in both sweeps.
+        # With dropout the whole of it runs, so that a chunk draws the same random numbers in both sweeps. Noise on the
+        # embeddings is drawn first, and the same either way.
         if not with_loss and not (self._has_dropout and self.model.training):
             return wkv.new_zeros(()), *self.model.advance(tokens, state, starts=starts), *of_sets
         hidden, state = self.model.forward_hidden(tokens, state, starts=starts)
@@ -78,8 +79,8 @@ class ChunkObjective(nn.Module):
             targets,
             loss_weight,
             vocab_size=self.model.config.vocab_size,
-            # A term that shapes the training, and no part of what a validation measures.
-            l2_wrap=self._l2_wrap if self.model.training else 0.0,
+            # They shape the training, and are no part of what a validation measures.
+            terms=self._terms if self.model.training else CROSS_ENTROPY,
             backend=self.model.surrounding_backend,
             with_token_losses=sets is not None,
         )
@@ -124,7 +125,7 @@ def backward_through_windows(
         window: chunks whose borders the gradient crosses, counted from the first; "document" = all.
         weight_total: of the whole optimizer step, over all rows, groups and ranks; > 0.
         backward: called with one scalar for each chunk.
-        keeps_random_state: replay the random numbers of sweep 1 in sweep 2 (needed with dropout).
+        keeps_random_state: replay the random numbers of sweep 1 in sweep 2 (needed where `draws_random_numbers`).
         boundaries: where the states between the chunks of a window are kept.
         before_chunk: called before every chunk of either sweep with a function that tells the place; may raise.
     """
@@ -330,5 +331,10 @@ def run_chunk(
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Whether a forward pass of the model in training draws random numbers."""
+    """Whether dropout is anywhere in the model."""
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
+def draws_random_numbers(model: nn.Module) -> bool:
+    """Whether a forward pass of the model in training does: for dropout, or for noise on the embeddings."""
+    return model.embedding_noise > 0 or has_dropout(model)

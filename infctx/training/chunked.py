@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from infctx.data.chunking import Chunk, CutWhenAsked
 from infctx.model.state import ModelState
 from infctx.shapes import Scalar, Starts, Tokens, TokenWeights
-from infctx.training.bptt import ChunkObjective, Window, backward_through_windows, has_dropout
+from infctx.training.bptt import ChunkObjective, Window, backward_through_windows, draws_random_numbers
 
 
 class ChunkedStep(NamedTuple):
@@ -86,7 +86,7 @@ def chunked_step(
         initial.detach(),
         window=window,
         weight_total=weight_total,
-        keeps_random_state=model.training and has_dropout(model),
+        keeps_random_state=model.training and draws_random_numbers(model),
     )
     if state is None:
         # What is tuned of the initial state is a parameter, and every row began with it.

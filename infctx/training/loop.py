@@ -12,7 +12,7 @@ from torch import Tensor
 from infctx.data.step_source import StepData
 from infctx.errors import InfctxError, memory_fault
 from infctx.model.state import ModelState
-from infctx.training.bptt import has_dropout
+from infctx.training.bptt import draws_random_numbers
 from infctx.training.host_memory import peak_host_bytes
 from infctx.training.memory_ladder import shorten_chunks
 from infctx.training.resume import resume_run, save_run
@@ -152,6 +152,8 @@ def _one_step(
     gradient, data = _gradient_that_fits(run, done, data, place, signals, saver)
     began = time.perf_counter()
     report = take_step(gradient, data, optimizer=run.optimizer, clip=run.settings.clip)
+    if run.averaged is not None and report.not_updated is None:
+        run.averaged.update_()
     seconds = gradient.seconds + time.perf_counter() - began
     done.step += 1
     done.tokens += report.num_tokens
@@ -241,7 +243,7 @@ def _gradient_that_fits(
                 states,
                 window=run.settings.window,
                 backward=run.backward,
-                keeps_random_state=has_dropout(run.model),
+                keeps_random_state=draws_random_numbers(run.model),
                 boundaries=run.settings.boundaries,
                 before_chunk=before_chunk,
                 start=start,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -16,6 +18,29 @@ from infctx_kernels import linear_cross_entropy
 LOGITS_AT_ONCE = 2**24
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossTerms:
+    """What the training loss of a token is, beside its cross entropy; all of it is 0 in a validation.
+
+    Attributes:
+        l2_wrap: weight of half the square of the largest logit.
+        z_loss: weight of the square of the log-sum-exp of the logits. Source: PaLM, arXiv 2204.02311, section 5.
+        min_token_loss: tokens whose cross entropy, in nats, is below this have no gradient; their loss is as ever.
+    """
+
+    l2_wrap: float = 0.0
+    z_loss: float = 0.0
+    min_token_loss: float | None = None
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether there is something the loss that is fused with the head cannot compute."""
+        return self.z_loss != 0.0 or self.min_token_loss is not None
+
+
+CROSS_ENTROPY = LossTerms()
+
+
 def weighted_loss_sum(
     hidden: Activations,
     head: nn.Module,
@@ -23,20 +48,21 @@ def weighted_loss_sum(
     loss_weight: TokenWeights,
     *,
     vocab_size: int,
-    l2_wrap: float = 0.0,
+    terms: LossTerms = CROSS_ENTROPY,
     backend: str | None = None,
     with_token_losses: bool = False,
 ) -> Scalar | tuple[Scalar, Float[Tensor, " B*T"]]:
-    """Sum over tokens of loss_weight · (cross entropy + l2_wrap / 2 · largest logit²), float32 (or float64).
+    """Sum over tokens of loss_weight · (cross entropy + l2_wrap / 2 · largest logit² + z_loss · log-sum-exp²), float32
+    (or float64).
 
     Args:
         hidden: what the head is applied to.
         head: [.., C] -> [.., V]. A plain matrix is fused with the loss; anything else (an adapter, parameters that an
-            engine gathers when the module is called) is called as a module, in pieces, each recomputed in the backward
-            pass.
+            engine gathers when the module is called), and any head with terms that need the logits, is called as a
+            module, in pieces, each recomputed in the backward pass.
         targets: the id each token should predict; any id where the weight is 0.
         loss_weight: weight of the target.
-        l2_wrap: weight of the penalty on the largest logit.
+        terms: beside the cross entropy.
         backend: of the fused loss; None = the fastest.
         with_token_losses: give back the terms of the sum too.
     Returns:
@@ -45,22 +71,22 @@ def weighted_loss_sum(
     """
     flat_hidden, flat_targets = hidden.flatten(0, 1), targets.flatten()
     flat_weight = loss_weight.flatten()
-    if is_plain_matrix(head):
+    if is_plain_matrix(head) and not terms.needs_logits:
         return linear_cross_entropy(
             flat_hidden,
             head.weight,
             flat_targets,
             flat_weight,
-            l2_wrap=l2_wrap,
+            l2_wrap=terms.l2_wrap,
             backend=backend,
             with_token_losses=with_token_losses,
         )
     piece = max(1, LOGITS_AT_ONCE // vocab_size)
     if flat_hidden.shape[0] <= piece:
-        loss, token_losses = _piece_loss(head, flat_hidden, flat_targets, flat_weight, l2_wrap)
+        loss, token_losses = _piece_loss(head, flat_hidden, flat_targets, flat_weight, terms)
         return (loss, token_losses) if with_token_losses else loss
     parts = zip(flat_hidden.split(piece), flat_targets.split(piece), flat_weight.split(piece), strict=True)
-    pieces = [checkpoint(_piece_loss, head, *part, l2_wrap, use_reentrant=False) for part in parts]
+    pieces = [checkpoint(_piece_loss, head, *part, terms, use_reentrant=False) for part in parts]
     loss = torch.stack([of_piece for of_piece, _ in pieces]).sum()
     return (loss, torch.cat([of_tokens for _, of_tokens in pieces])) if with_token_losses else loss
 
@@ -73,13 +99,17 @@ def is_plain_matrix(module: nn.Module) -> bool:
 
 
 def _piece_loss(
-    head: nn.Module, hidden: Tensor, targets: Tensor, loss_weight: Tensor, l2_wrap: float
+    head: nn.Module, hidden: Tensor, targets: Tensor, loss_weight: Tensor, terms: LossTerms
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum, and its terms without a gradient."""
     logits = head(hidden)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    if l2_wrap != 0.0:
-        losses = losses + 0.5 * l2_wrap * logits.max(dim=-1).values.square()
+    cross_entropy = losses = F.cross_entropy(logits, targets, reduction="none")
+    if terms.l2_wrap != 0.0:
+        losses = losses + 0.5 * terms.l2_wrap * logits.max(dim=-1).values.square()
+    if terms.z_loss != 0.0:
+        losses = losses + terms.z_loss * logits.logsumexp(dim=-1).square()
+    if terms.min_token_loss is not None:
+        losses = torch.where(cross_entropy.detach() < terms.min_token_loss, losses.detach(), losses)
     losses = losses * loss_weight.to(losses.dtype)
     return losses.sum(), losses.detach()

@@ -42,8 +42,8 @@ def shorten_chunks(run: Run, done: Done, data: StepData, fault: str) -> None:
 def _memory_in_words(run: Run) -> str:
     parameters = list(run.model.parameters())
     weights = sum(p.numel() * p.element_size() for p in parameters)
-    # The gradient and Adam's two moments, all float32.
-    training = sum(p.numel() * 12 for p in parameters if p.requires_grad)
+    # The gradient in float32, and Adam's two moments.
+    training = sum(p.numel() * (4 + run.settings.moment_bytes) for p in parameters if p.requires_grad)
     if run.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(run.device)
         memory = f"{run.device}: {_gigabytes(free)} free of {_gigabytes(total)}"

@@ -1,7 +1,8 @@
 """Which tensor has which dtype in a run.
 
 fp32: everything float32. bf16: frozen weights are stored bf16; trainable weights, their gradients and the optimizer's
-moments are float32; activations and matrix products are bf16; recurrent states are float32, unrounded.
+moments are float32; activations and matrix products are bf16; recurrent states are float32, unrounded. Quantised
+matrices keep their codes and float32 scales in either.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ Precision = Literal["fp32", "bf16"]
 
 
 def apply_precision_(model: nn.Module, precision: Precision) -> None:
-    """Cast every parameter for a run of this precision; call it when it is settled which ones are trained."""
+    """Cast every parameter of floats for a run of this precision; call it when it is settled which ones are trained."""
     frozen_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     for parameter in model.parameters():
+        if not parameter.is_floating_point():
+            continue
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen_dtype)
     model.compute_dtype = frozen_dtype

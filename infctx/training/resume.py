@@ -7,13 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from infctx.checkpoint.run_state import RunState, load_run_state, save_run_state
 from infctx.errors import CheckpointError
 from infctx.model.state import ModelState
+from infctx.training.optimizer_state import join_state_, split_state
 from infctx.training.run import Done, Place, Run
 from infctx.training.step_place import StepPlace, random_state, set_random_state
+
+AVERAGED = "averaged"
+"""The group of tensors in a checkpoint that holds the averages of the trained weights, where a run keeps them."""
 
 
 def save_run(run: Run, done: Done, place: Place) -> None:
@@ -23,11 +26,7 @@ def save_run(run: Run, done: Done, place: Place) -> None:
         for group, state in enumerate(place.row_states)
         for name, tensor in zip(ModelState._fields, state, strict=True)
     }
-    optimizer = {
-        f"{index}.{name}": value.cpu()
-        for index, values in run.optimizer.state_dict()["state"].items()
-        for name, value in values.items()
-    }
+    optimizer, numbers = split_state(run.optimizer)
     trained = {name: parameter for name, parameter in run.model.named_parameters() if parameter.requires_grad}
     tensors = {
         "trainable": {name: parameter.detach().cpu() for name, parameter in trained.items()},
@@ -35,7 +34,16 @@ def save_run(run: Run, done: Done, place: Place) -> None:
         "rows": rows,
         "random": place.random_state,
     }
-    facts = {**run.facts, "done": asdict(done), "cursor": place.cursor, "row_groups": len(place.row_states)}
+    facts = {
+        **run.facts,
+        "done": asdict(done),
+        "cursor": place.cursor,
+        "row_groups": len(place.row_states),
+        "optimizer_numbers": numbers,
+    }
+    if run.averaged is not None:
+        tensors[AVERAGED] = run.averaged.to_tensors()
+        facts["averaged_updates"] = run.averaged.num_updates
     if place.under_way is not None:
         tensors["under_way"] = place.under_way.to_tensors()
         tensors["gradient"] = {name: p.grad.detach().cpu() for name, p in trained.items() if p.grad is not None}
@@ -68,7 +76,10 @@ def resume_run(run: Run) -> tuple[Done, Place]:
     with torch.no_grad():
         for name, tensor in state.tensors["trainable"].items():
             parameters[name].copy_(tensor)
-    _restore_optimizer(run.optimizer, state.tensors["optimizer"])
+    # Checkpoints of before there were such numbers have none.
+    join_state_(run.optimizer, state.tensors["optimizer"], state.facts.get("optimizer_numbers", {}))
+    if run.averaged is not None:
+        run.averaged.restore_(state.tensors[AVERAGED], num_updates=state.facts["averaged_updates"])
     run.source.restore(state.facts["cursor"])
     set_random_state(state.tensors["random"], run.device)
     rows = state.tensors["rows"]
@@ -104,13 +115,3 @@ def check_start(facts: Mapping[str, object], digest: object, *, folder: Path) ->
             f"{folder}: the adapter of the newest checkpoint did not begin with what adapter_start.safetensors holds. "
             "Put that run's own file back, or start beside this run with --fresh."
         )
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor
-    groups = optimizer.state_dict()["param_groups"]
-    if state:
-        optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -13,6 +13,7 @@ from infctx.data.document import Document
 from infctx.data.step_source import StepSource
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
+from infctx.training.averaged_weights import AveragedWeights
 from infctx.training.boundary_store import BoundaryPlan
 from infctx.training.bptt import Window
 from infctx.training.host_memory import HeapTrimmer
@@ -24,7 +25,8 @@ from infctx.training.step_place import RandomState, StepPlace
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopSettings:
-    """Counts of `every` are in steps; None = never between the first and the last."""
+    """Counts of `every` are in steps; None = never between the first and the last. moment_bytes: the optimizer's on the
+    device, for each trained parameter."""
 
     window: Window
     chunk_tokens: int
@@ -36,6 +38,7 @@ class LoopSettings:
     keep_checkpoints: int
     max_nonfinite_steps: int
     boundaries: BoundaryPlan
+    moment_bytes: int = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +48,7 @@ class Run:
     objective and optimizer are what the engine returned; model is what they wrap. facts are written into every
     checkpoint. save_adapter writes the adapter folder. set_names are those of the data sets by their index; with more
     than one, the metrics have the loss of each. validation_set_names: those of the held-out documents' sets, where they
-    come from others.
+    come from others. averaged: the average of the trained weights, where the run keeps one.
     """
 
     folder: Path
@@ -66,6 +69,7 @@ class Run:
     trimmer: HeapTrimmer
     set_names: Sequence[str] = ("",)
     validation_set_names: Sequence[str] | None = None
+    averaged: AveragedWeights | None = None
 
 
 @dataclass(kw_only=True, slots=True)

@@ -32,8 +32,10 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     # A product that another part of torch is to look into (functorch, tracing, autocast) stays torch's own.
     if not onednn_is_faster() or torch.is_autocast_enabled("cpu") or type(weight) not in (Tensor, torch.nn.Parameter):
         return F.linear(x, weight)
-    # Reshaped out here: what a function of autograd returns as a view could not be changed in place.
-    return _OneDnnLinear.apply(x.reshape(rows, -1), weight).view(*x.shape[:-1], -1)
+    # Reshaped out here, and only where it must be: what a function of autograd returns as a view, this one or another
+    # that calls it, could not be changed in place.
+    flat = _OneDnnLinear.apply(x.reshape(rows, -1), weight)
+    return flat if x.dim() == 2 else flat.view(*x.shape[:-1], -1)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from torch import Tensor
 from infctx.model.finch import Finch
 from infctx.model.init import initialise_, new_config
 from infctx.training.bptt import ChunkObjective
+from infctx.training.loss import LossTerms
 
 # Triton is interpreted where there is no GPU: the sizes are small.
 IDS, TOKENS = 40, 20
@@ -35,7 +36,7 @@ def run(version: str, dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
     weights = torch.rand(2, TOKENS, generator=generator).to(device, dtype)
     starts = torch.zeros(2, TOKENS, dtype=torch.bool, device=device)
     starts[1, 7] = True
-    objective = ChunkObjective(model, l2_wrap=1e-2)
+    objective = ChunkObjective(model, terms=LossTerms(l2_wrap=1e-2))
     loss, *state = objective(tokens, targets, weights, starts, *model.fresh_state(2), with_loss=True)
     (loss + sum(part.square().sum() for part in state)).backward()
     results = {"loss": loss.detach()} | {f"state {index}": part.detach() for index, part in enumerate(state)}

@@ -110,7 +110,7 @@ ckpt_path: null
 
 
 def test_the_comments_name_the_source_and_every_key_that_is_left_out(config: Any) -> None:
-    translation = config.translate(trainer={"strategy": "ddp"}, model={"token_loss_threshold": 0.5, "odd": "é"})
+    translation = config.translate(trainer={"strategy": "ddp"}, model={"position_loss_bias": 0.5, "odd": "é"})
     head = translation.text[: translation.text.index("\nmodel:")]
     assert all(line.startswith("#") and len(line) <= 120 for line in head.splitlines())
     assert head.startswith("# Translated from config.yaml, a config of RWKV-infctx-trainer")

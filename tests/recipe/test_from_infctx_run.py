@@ -73,6 +73,9 @@ def test_bptt(config: Any, keys: dict[str, Any], window: object, mode: str | Non
         ({}, {"gradient_clip_val": 2}, {"clip": 2.0}, []),
         ({}, {"gradient_clip_val": 0}, {}, []),
         ({"dropout": 0.1}, {}, {}, ["model.dropout"]),
+        ({"token_loss_threshold": 0.5}, {}, {"min_token_loss": 0.5}, []),
+        ({"token_dropout_rate": 0.25}, {}, {"token_dropout": 0.25}, []),
+        ({"token_loss_threshold": 0.0, "token_dropout_rate": 0}, {}, {}, []),
     ],
 )
 def test_optimizer(
@@ -85,6 +88,7 @@ def test_optimizer(
     notes = " ".join(translation.notes)
     assert ("had no effect" in notes) == ("weight_decay" in model)
     assert ("the bonus did too" in notes) == (model.get("layerwise_lr") is True)
+    assert ("tokens that are left here" in notes) == ("token_dropout" in optimizer)
     assert ("from 20 % there" in notes) == (optimizer.get("warmup_steps", 0) > 0)
 
 

@@ -86,16 +86,25 @@ def test_defaults() -> None:
         "thin_boundaries": False,
     }
     assert recipe.optimizer.model_dump() == {
+        "name": "adamw",
         "lr": 1e-4,
         "warmup_steps": 10,
         "schedule": "constant",
         "lr_final": None,
+        "decay_fraction": None,
         "clip": 1.0,
         "weight_decay": 0.0,
         "betas": (0.9, 0.99),
         "eps": 1e-8,
-        "l2_wrap": 0.0,
         "decay_lr_multiplier": 2.0,
+        "lr_multipliers": {},
+        "state_lr": None,
+        "l2_wrap": 0.0,
+        "z_loss": 0.0,
+        "min_token_loss": None,
+        "token_dropout": 0.0,
+        "embedding_noise": 0.0,
+        "ema_decay": None,
     }
     assert recipe.kernel.backend == "auto"
     assert recipe.run.model_dump() == {

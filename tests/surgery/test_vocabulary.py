@@ -29,7 +29,10 @@ def rows_of(model: ModelTensors, name: str) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_larger(make_finch: Callable[..., Finch], dtype: torch.dtype) -> None:
-    source = tensors_of(make_finch("6", dtype=dtype))
+    model = make_finch("6", dtype=dtype)
+    with torch.no_grad():
+        model.embedding.weight.mul_(torch.linspace(0.5, 3, 32))
+    source = tensors_of(model)
     result = resize_vocabulary(source, 60)
     assert result.config == dataclasses.replace(source.config, vocab_size=60)
     old_rows, rows = rows_of(source, EMBEDDING), rows_of(result, EMBEDDING)
@@ -38,7 +41,8 @@ def test_larger(make_finch: Callable[..., Finch], dtype: torch.dtype) -> None:
     assert torch.equal(rows, rows_of(result, EMBEDDING))
     old_rows = old_rows.double()
     noise = (rows[50:].double() - old_rows.mean(0)) / old_rows.std(0, correction=0)
-    assert 0.07 < noise.std() < 0.13
+    # Of 10 rows each, so that a channel's own scale is seen.
+    assert all(0.03 < spread < 0.2 for spread in noise.std(0))
     assert not torch.equal(rows, rows_of(resize_vocabulary(source, 60, seed=1), EMBEDDING))
     head_mean = rows_of(source, HEAD).double().mean(0).to(dtype)
     assert torch.equal(rows_of(result, HEAD)[50:], head_mean.expand(10, -1))
@@ -143,10 +147,12 @@ def test_unused_rows_of_world_and_a_vocabulary_for_others(make_finch: Callable[.
 
     from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 
-    (tmp_path / "vocabulary.txt").write_text(vocabulary_text(world_lines(), added.ids), encoding="utf-8", newline="\n")
+    # A part of World, of all single bytes and the shortest tokens: the whole takes that program many seconds.
+    text = vocabulary_text(world_lines()[:3000], added.ids)
+    (tmp_path / "vocabulary.txt").write_text(text, encoding="utf-8", newline="\n")
     theirs = TRIE_TOKENIZER(str(tmp_path / "vocabulary.txt"))
     for text, number in added.ids.items():
         assert theirs.encode(text) == [number]
         assert theirs.decode([number]) == text
         assert theirs.encode(f"\x01{text}\x01") == [2, number, 2]
-    assert theirs.encode("The Eiffel tower\n\n") == world.encode("The Eiffel tower\n\n").tolist()
+    assert theirs.encode("a\n\n") == world.encode("a\n\n").tolist() == [98, 261]

@@ -12,7 +12,7 @@ from infctx.model.init import initialise_, new_config
 from infctx.model.linear import Linear
 from infctx.training import loss as module
 from infctx.training.bptt import ChunkObjective
-from infctx.training.loss import is_plain_matrix, weighted_loss_sum
+from infctx.training.loss import LossTerms, is_plain_matrix, weighted_loss_sum
 
 IDS, CHANNELS = 50, 24
 
@@ -27,9 +27,15 @@ def make_case() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return hidden, weight, targets, loss_weight
 
 
-def expected_terms(hidden: Tensor, weight: Tensor, targets: Tensor, loss_weight: Tensor, l2_wrap: float) -> Tensor:
+def expected_terms(hidden: Tensor, weight: Tensor, targets: Tensor, loss_weight: Tensor, terms: LossTerms) -> Tensor:
+    """By the formulas; what is below the threshold has the same value and no gradient."""
     logits = (hidden @ weight.t()).flatten(0, 1)
-    losses = F.cross_entropy(logits, targets.flatten(), reduction="none") + l2_wrap / 2 * logits.amax(-1).square()
+    log_total = logits.exp().sum(-1).log()
+    cross_entropy = log_total - logits.gather(1, targets.flatten()[:, None])[:, 0]
+    losses = cross_entropy + terms.l2_wrap / 2 * logits.amax(-1).square() + terms.z_loss * log_total.square()
+    if terms.min_token_loss is not None:
+        has_gradient = (cross_entropy >= terms.min_token_loss).double().detach()
+        losses = losses * has_gradient + losses.detach() * (1 - has_gradient)
     return losses * loss_weight.flatten()
 
 
@@ -45,9 +51,18 @@ class Doubled(nn.Module):
 
 
 @pytest.mark.parametrize("pieces", [False, True])
-@pytest.mark.parametrize("l2_wrap", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "terms",
+    [
+        LossTerms(),
+        LossTerms(l2_wrap=0.1),
+        LossTerms(z_loss=0.1),
+        LossTerms(min_token_loss=8.0),
+        LossTerms(l2_wrap=0.1, z_loss=0.1, min_token_loss=8.0),
+    ],
+)
 @pytest.mark.parametrize("is_plain", [True, False])
-def test_loss_and_gradients(is_plain: bool, l2_wrap: float, pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_and_gradients(is_plain: bool, terms: LossTerms, pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if pieces:
         monkeypatch.setattr(module, "LOGITS_AT_ONCE", 4 * IDS)
     hidden, weight, targets, loss_weight = make_case()
@@ -58,23 +73,25 @@ def test_loss_and_gradients(is_plain: bool, l2_wrap: float, pieces: bool, monkey
     else:
         head = Doubled(weight)
     hidden.requires_grad_()
-    loss = weighted_loss_sum(hidden, head, targets, loss_weight, vocab_size=IDS, l2_wrap=l2_wrap)
+    loss = weighted_loss_sum(hidden, head, targets, loss_weight, vocab_size=IDS, terms=terms)
     found = torch.autograd.grad(loss, [hidden, head.weight])
     weight.requires_grad_()
-    expected = expected_terms(hidden, weight, targets, loss_weight, l2_wrap).sum()
+    expected = expected_terms(hidden, weight, targets, loss_weight, terms).sum()
     torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0.0)
     of_hidden, of_weight = torch.autograd.grad(expected, [hidden, weight])
     torch.testing.assert_close(found[0], of_hidden, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(found[1], of_weight * (1 if is_plain else 2), rtol=1e-11, atol=1e-13)
 
-    fixed = {"vocab_size": IDS, "l2_wrap": l2_wrap, "with_token_losses": True}
-    again, terms = weighted_loss_sum(hidden, head, targets, loss_weight, **fixed)
+    fixed = {"vocab_size": IDS, "terms": terms, "with_token_losses": True}
+    again, of_tokens = weighted_loss_sum(hidden, head, targets, loss_weight, **fixed)
     assert torch.equal(again, loss)
     assert all(
         torch.equal(*pair) for pair in zip(torch.autograd.grad(again, [hidden, head.weight]), found, strict=True)
     )
-    assert not terms.requires_grad
-    torch.testing.assert_close(terms, expected_terms(hidden, weight, targets, loss_weight, l2_wrap), rtol=1e-13, atol=0)
+    assert not of_tokens.requires_grad
+    torch.testing.assert_close(
+        of_tokens, expected_terms(hidden, weight, targets, loss_weight, terms), rtol=1e-13, atol=0
+    )
 
 
 def test_which_heads_are_plain() -> None:
@@ -88,15 +105,16 @@ def test_which_heads_are_plain() -> None:
     assert not is_plain_matrix(head)
 
 
-def test_the_penalty_is_trained_and_not_validated() -> None:
+@pytest.mark.parametrize("name", ["l2_wrap", "z_loss"])
+def test_penalties_are_trained_and_not_validated(name: str) -> None:
     model = Finch(new_config(version="6", n_layer=2, n_embd=16, vocab_size=IDS, head_size=8)).double()
     initialise_(model, seed=0)
     tokens = torch.randint(IDS, (1, 12), generator=torch.Generator().manual_seed(0))
     logits, _ = model(tokens[:, :-1])
     weights = torch.ones(1, 11, dtype=torch.float64)
     cross_entropy = F.cross_entropy(logits[0], tokens[0, 1:], reduction="sum")
-    penalty = logits.amax(-1).square().sum() / 2
-    objective = ChunkObjective(model, l2_wrap=0.25)
+    penalty = {"l2_wrap": logits.amax(-1).square() / 2, "z_loss": logits.logsumexp(-1).square()}[name].sum()
+    objective = ChunkObjective(model, terms=LossTerms(**{name: 0.25}))
     state = model.fresh_state(1)
     losses = {}
     for is_training in (True, False):

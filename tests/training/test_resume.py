@@ -46,6 +46,8 @@ def outcome(recipe: Recipe) -> dict[str, object]:
         "optimizer": (checkpoint / "optimizer.safetensors").read_bytes(),
         "rows": (checkpoint / "rows.safetensors").read_bytes(),
         "random": (checkpoint / "random.safetensors").read_bytes(),
+        "averaged": average.read_bytes() if (average := checkpoint / "averaged.safetensors").exists() else None,
+        "numbers": {key: facts.get(key) for key in ("optimizer_numbers", "averaged_updates")},
         "result": result,
         "cursor": facts["cursor"],
         "metrics": metrics,
@@ -111,6 +113,48 @@ def test_a_run_that_is_stopped_behind_every_chunk_gets_to_its_end(
     assert outcome(stopped) == outcome(straight)
     assert {in_sweep_2 for _, _, in_sweep_2, _ in passes} == {False, True}
     assert len(passes) > 5
+
+
+# Everything of the optimizer section that leaves something to be continued.
+ALL_OPTIONS = (
+    "optimizer.schedule=wsd",
+    "optimizer.decay_fraction=0.4",
+    "optimizer.ema_decay=0.7",
+    "optimizer.embedding_noise=5",
+    "optimizer.token_dropout=0.3",
+    "optimizer.min_token_loss=2.0",
+    "optimizer.z_loss=0.001",
+    "optimizer.l2_wrap=0.001",
+)
+EVERY_OPTION = {
+    "8 bits": ("optimizer.name=adamw-8bit", "bptt.window=document"),
+    "offloaded": (
+        "optimizer.name=adamw-offloaded",
+        *("adapter.kind=lora", "adapter.rank=4", "adapter.dropout=0.2", "bptt.window=2", "run.accumulate=2"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(EVERY_OPTION))
+def test_every_option_of_the_optimizer_in_a_run_that_is_stopped_behind_every_chunk(
+    recipe: Callable[..., Recipe], stop_after: Callable[[int | None], None], kind: str
+) -> None:
+    settings = (*ALL_OPTIONS, *EVERY_OPTION[kind], "run.steps=3", "bptt.chunk_tokens=60", "data.validation=null")
+    straight = recipe("straight", *settings)
+    run_recipe(straight, SilentProgress())
+    expected = outcome(straight)
+    assert expected["averaged"] is not None
+    stopped, stops = recipe("stopped", *settings), 0
+    for _ in range(100):
+        stop_after(1)
+        try:
+            run_recipe(stopped, SilentProgress())
+            break
+        except StopRequested:
+            stops += 1
+    stop_after(None)
+    assert stops > 8
+    assert outcome(stopped) == expected
 
 
 def test_an_interval_of_time_makes_checkpoints_inside_a_step(

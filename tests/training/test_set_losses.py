@@ -27,6 +27,7 @@ from infctx.training.bptt import ChunkObjective, Window
 from infctx.training.fabric_run import FabricEngine
 from infctx.training.host_memory import HeapTrimmer
 from infctx.training.loop import train
+from infctx.training.loss import LossTerms
 from infctx.training.metrics import MetricsLog, read_metrics
 from infctx.training.optim import LearningRate, make_adamw, parameter_groups
 from infctx.training.precision import apply_precision_
@@ -203,7 +204,7 @@ def test_nothing_else_changes_by_a_bit(make_finch: Callable[..., Finch], mode: s
         engine = FabricEngine(devices=1, strategy="single", precision=precision)
         apply_precision_(model, engine.precision)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        objective, _ = engine.setup(ChunkObjective(model, l2_wrap=1e-2), optimizer)
+        objective, _ = engine.setup(ChunkObjective(model, terms=LossTerms(l2_wrap=1e-2)), optimizer)
         source = make_source(documents, mode)
         results.append(gradients_of(objective, model, source, window=2, rows=2, backward=engine.backward))
     assert len(results[0]) > 1

@@ -20,7 +20,7 @@ _NEWEST = "The newest checkpoints are kept, as many as run.keep_checkpoints says
 _SIZES = "Sizes are read from the model file."
 _LOGGING = "Every step is in metrics.jsonl of the run folder; there is nothing to set."
 _NO_WARM_CONTEXT = "Documents are never cut at random places; every token is trained in every pass."
-_PLACES = "Tokens are weighted by column, role, row and set, not by their place or their loss."
+_PLACES = "Tokens are weighted by column, role, row and set, not by their place."
 _CACHE = "Tokens are prepared as they are needed (data.cache, data.workers)."
 _PART = "No part of a set by number or share of rows; give a shorter file, or several files of which one is left out."
 
@@ -92,8 +92,6 @@ MODEL: dict[str, Plain] = {
     "dropout": Plain((0.0,), "No dropout in full fine-tuning; adapter.dropout is that of LoRA."),
     "position_loss_bias": Plain((1.0,), _PLACES + " The later versions there ignored it too."),
     "position_loss_bias_in_validation": Plain((False,), _PLACES + " The later versions there ignored it too."),
-    "token_loss_threshold": Plain((0.0,), _PLACES),
-    "token_dropout_rate": Plain((0.0,), _PLACES),
     "substep_cuda_cache_clear": Plain((False,), "Memory is planned before a run; no cache is cleared within it."),
     "substep_logging": Plain((False,), _LOGGING),
     "consolidated_logging": Plain((True, False), _LOGGING),
@@ -154,7 +152,7 @@ TRANSLATED: dict[str, frozenset[str]] = {
     "model": frozenset({
         "load_model", "ctx_len", "lr_init", "lr_final", "lr_period", "lr_period_type", "lr_type", "warmup_steps",
         "beta1", "beta2", "adam_eps", "weight_decay", "layerwise_lr", "grad_cp", "bptt_learning",
-        "bptt_learning_range", "bptt_truncated_learning",
+        "bptt_learning_range", "bptt_truncated_learning", "token_loss_threshold", "token_dropout_rate",
     }),
     "data": frozenset({
         "data_path", "source", "source_data_dir", "source_dataset_params", "source_dataset_split", "test_split",

@@ -120,6 +120,7 @@ def translate_model(model: Part) -> None:
     _bptt(model)
     _learning_rate(model)
     _adam(model)
+    _left_out_tokens(model)
     if model.get("grad_cp", True) is False:
         model.to("grad_cp", {"bptt.activations": "keep"})
     elif model.get("grad_cp") is True:
@@ -225,3 +226,18 @@ def _adam(model: Part) -> None:
     if layerwise is True:
         model.draft.note("model.layerwise_lr: here the decay alone learns twice as fast, in RWKV-v6 the bonus did too.")
     model.draft.assume("The largest logits are held back (L2Wrap) in every run", {"optimizer.l2_wrap": 1.0e-4})
+
+
+def _left_out_tokens(model: Part) -> None:
+    """Tokens that are not trained, by their loss or at random."""
+    for name, key in (("token_loss_threshold", "min_token_loss"), ("token_dropout_rate", "token_dropout")):
+        value = real(model.get(name))
+        if value == 0 or value is None:
+            model.no_effect(name)
+        elif value > 0 and (name == "token_loss_threshold" or value < 1):
+            model.to(name, {f"optimizer.{key}": value})
+            if name == "token_dropout_rate":
+                model.draft.note(
+                    "model.token_dropout_rate: the loss is divided by the weight of the tokens that are left here, of "
+                    "all tokens there."
+                )
