@@ -50,7 +50,7 @@ def apply_to(base: ModelTensors, changes: ModelChanges, *, file: str) -> ModelTe
     for row in key_rows(base.config, **starts):
         name = row.official
         if name not in replaced and name not in base.tensors:
-            raise CheckpointError(f"{file}: {name} is missing; expected the state of all {base.config.n_layer} layers.")
+            raise CheckpointError(f"{file}: {name} is missing; expected it in all {base.config.n_layer} layers.")
         stored = StoredTensor.of(replaced[name]) if name in replaced else base.tensors[name]
         update = changes.updates.get(name.removesuffix(".weight"))
         tensors[name] = stored if update is None else _updated(name, stored, update, file=file)

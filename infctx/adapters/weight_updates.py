@@ -42,7 +42,8 @@ class Start(NamedTuple):
 class LowRank:
     """W + scale · up @ down, less the start's product; with a magnitude [out], each row is then brought to that length.
 
-    Source: LoRA, PiSSA and DoRA, as peft and RWKV-PEFT merge them. scale: None until something tells alpha.
+    scale: None until something tells alpha. length_axis: 0 where the lengths are of W's columns, as peft has them for
+    embeddings. Source: LoRA, PiSSA and DoRA, as peft and RWKV-PEFT merge them.
     """
 
     down: Tensor
@@ -50,6 +51,7 @@ class LowRank:
     scale: float | None
     start: Start | None = None
     magnitude: Tensor | None = None
+    length_axis: int = 1
 
     @property
     def rank(self) -> int:
@@ -64,7 +66,7 @@ class LowRank:
             parts.append(Part("init_lora_A", self.start.down, ("r", columns)))
             parts.append(Part("init_lora_B", self.start.up, (rows, self.start.down.shape[0])))
         if self.magnitude is not None:
-            parts.append(Part("lora_magnitude_vector", self.magnitude, (rows,)))
+            parts.append(Part("lora_magnitude_vector", self.magnitude, (shape[1 - self.length_axis],)))
         return parts
 
     def merged_dtype(self, weight: torch.dtype) -> torch.dtype:
@@ -79,7 +81,7 @@ class LowRank:
         if self.start is not None:
             changed -= self.start.up.to(dtype) @ self.start.down.to(dtype)
         if self.magnitude is not None:
-            changed *= (self.magnitude.to(dtype) / changed.norm(dim=1))[:, None]
+            changed *= (self.magnitude.to(dtype) / changed.norm(dim=self.length_axis)).unsqueeze(self.length_axis)
         return changed
 
     def plain(self) -> LowRank:

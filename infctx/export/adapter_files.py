@@ -12,8 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infctx.adapters.adapter_folder import (
+    FACTS_FILE,
+    PEFT_CONFIG,
+    PEFT_TENSORS,
+    TRAINED_PARAMETERS,
+    AdapterFacts,
+    read_facts,
+    write_facts,
+)
 from infctx.adapters.model_changes import ModelChanges, apply_to
-from infctx.adapters.peft_adapters import TRAINED_PARAMETERS
 from infctx.adapters.peft_folder.contents import PeftFolder
 from infctx.adapters.peft_folder.read import from_peft
 from infctx.adapters.peft_folder.write import to_peft
@@ -26,13 +34,12 @@ from infctx.errors import CheckpointError
 from infctx.model.finch import Finch
 from infctx.model.tensors import ModelTensors
 
-CONFIG_FILE, WEIGHTS_FILE, NOTE_FILE = "adapter_config.json", "adapter_model.safetensors", "infctx.json"
 NOTE_FORMAT = "infctx adapter note"
 _RECIPE_FILE, _RUN_ADAPTER = "recipe.yaml", "adapter"
 _MAX_JSON_BYTES = 4 << 20
 _README = f"""# An adapter of an RWKV model
 
-Made by `infctx adapter import`. Its `{NOTE_FILE}` tells the base model it belongs to; it is of use with no other.
+Made by `infctx adapter import`. Its `{FACTS_FILE}` tells the base model it belongs to; it is of use with no other.
 Matrices are in peft's layout, if there are any:
 
     model = peft.PeftModel.from_pretrained(infctx.load_model(BASE), THIS_FOLDER)
@@ -118,22 +125,20 @@ def write_adapter_folder(
     """
     merge_adapter(base, changes, file=file)
     with torch.device("meta"):
-        shapes = {name: x.shape for name, x in Finch(base.config, has_initial_state=True).named_parameters()}
+        shapes = {
+            name: x.shape
+            for name, x in Finch(base.config, has_initial_state=True, has_initial_shifts=True).named_parameters()
+        }
     content = to_peft(changes, shapes, file=file)
-    note = {
-        "kind": {"pissa": "lora", "disha": "miss"}.get(changes.kind, changes.kind),
-        "alpha": None if content.config is None else content.config.get("lora_alpha"),
-        "ranks": sorted({*changes.ranks} if changes.kind != "pissa" else {2 * rank for rank in changes.ranks}),
-        "base_fingerprint": fingerprint(base),
-    }
+    facts = _facts(changes, content.config, base_fingerprint=fingerprint(base))
 
     def build(unfinished: Path) -> None:
         if content.config is not None:
-            (unfinished / CONFIG_FILE).write_text(json.dumps(content.config, indent=2, sort_keys=True) + "\n")
-            write_safetensors(unfinished / WEIGHTS_FILE, content.tensors, {"format": "pt"})
+            (unfinished / PEFT_CONFIG).write_text(json.dumps(content.config, indent=2, sort_keys=True) + "\n")
+            write_safetensors(unfinished / PEFT_TENSORS, content.tensors, {"format": "pt"})
         if content.trained:
             write_safetensors(unfinished / TRAINED_PARAMETERS, content.trained, {"format": "pt"})
-        (unfinished / NOTE_FILE).write_text(json.dumps(note, indent=1) + "\n")
+        write_facts(unfinished, facts)
         (unfinished / "README.md").write_text(_README)
 
     _check_folder(folder, force=force)
@@ -198,19 +203,31 @@ def describe_adapter(path: Path) -> dict[str, Any]:
 
 
 def _read_folder(folder: Path) -> ModelChanges:
-    config_path, weights, trained = folder / CONFIG_FILE, folder / WEIGHTS_FILE, folder / TRAINED_PARAMETERS
+    config_path, weights, trained = folder / PEFT_CONFIG, folder / PEFT_TENSORS, folder / TRAINED_PARAMETERS
     if not config_path.is_file() and not trained.is_file():
         raise CheckpointError(
-            f"{folder}: expected an adapter: {CONFIG_FILE} with {WEIGHTS_FILE}, or {TRAINED_PARAMETERS}."
+            f"{folder}: expected an adapter: {PEFT_CONFIG} with {PEFT_TENSORS}, or {TRAINED_PARAMETERS}."
         )
     config = _read_json(config_path) if config_path.is_file() else None
     if config is not None and not weights.is_file():
-        raise CheckpointError(f"{folder}: {WEIGHTS_FILE} is missing; {CONFIG_FILE} is there. Fetch or save it again.")
+        raise CheckpointError(f"{folder}: {PEFT_TENSORS} is missing; {PEFT_CONFIG} is there. Fetch or save it again.")
     tensors = {} if config is None else read_tensors(weights)[0]
     beside = read_tensors(trained)[0] if trained.is_file() else {}
-    note = _read_json(folder / NOTE_FILE) if (folder / NOTE_FILE).is_file() else {}
+    facts = read_facts(folder)
     content = PeftFolder(config, tensors, beside)
-    return from_peft(content, file=str(folder), base_fingerprint=_text(note, "base_fingerprint"))
+    return from_peft(content, file=str(folder), base_fingerprint=None if facts is None else facts.base_fingerprint)
+
+
+def _facts(changes: ModelChanges, config: Mapping[str, Any] | None, *, base_fingerprint: str) -> AdapterFacts:
+    if config is None:
+        return AdapterFacts(kind=changes.kind, base_fingerprint=base_fingerprint)
+    return AdapterFacts(
+        kind="miss" if config["peft_type"] == "MISS" else "lora",
+        base_fingerprint=base_fingerprint,
+        rank=config["r"],
+        alpha=config.get("lora_alpha"),
+        ranks=config.get("rank_pattern", {}),
+    )
 
 
 def _note_beside(path: Path) -> dict[str, Any] | None:
@@ -258,7 +275,7 @@ def _check_folder(folder: Path, *, force: bool) -> None:
         raise CheckpointError(f"{folder}: the folder {folder.parent} does not exist. Create it first.")
     if not folder.exists():
         return
-    is_adapter = any((folder / name).is_file() for name in (CONFIG_FILE, NOTE_FILE, TRAINED_PARAMETERS))
+    is_adapter = any((folder / name).is_file() for name in (PEFT_CONFIG, FACTS_FILE, TRAINED_PARAMETERS))
     if not force or not is_adapter:
         hint = "or --force to replace an adapter" if is_adapter else "it holds no adapter that --force could replace"
         raise CheckpointError(f"{folder}: exists. Give another folder; {hint}.")

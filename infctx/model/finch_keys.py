@@ -143,9 +143,15 @@ def is_time_state(official: str) -> bool:
     return official.endswith(f".{_STORED_TRANSPOSED}")
 
 
+def is_start(official: str) -> bool:
+    """Whether this is one of the tensors that documents begin with."""
+    return is_time_state(official) or is_initial_shift(official)
+
+
 def official_names_of_layer_0() -> list[str]:
     """Everything a file can hold, once for all layers: for messages that name what comes nearest."""
-    return [row.official for row in _OTHER_ROWS] + [f"blocks.0.{row.official}" for row in _BLOCK_ROWS]
+    names = [row.official for row in _OTHER_ROWS] + [f"blocks.0.{row.official}" for row in _BLOCK_ROWS]
+    return [name for name in names if not is_initial_shift(name)]
 
 
 def to_official(row: KeyRow, tensor: Tensor) -> Tensor:

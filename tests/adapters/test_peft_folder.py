@@ -14,8 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from infctx.adapters.adapter_folder import read_facts
+from infctx.adapters.load import load_adapter
 from infctx.adapters.model_changes import apply_to
 from infctx.adapters.peft_adapters import TRAINED_PARAMETERS, attach_lora
+from infctx.adapters.rwkv_peft.read import read_rwkv_peft
+from infctx.adapters.state_tuning import attach_state
 from infctx.adapters.weight_updates import TileProduct
 from infctx.checkpoint.model_file import build_model, fingerprint, official_tensors, tensors_of
 from infctx.checkpoint.weights import read_tensors, write_pth
@@ -92,15 +96,10 @@ def test_peft_computes_with_the_folder_what_the_file_means(
     expected = merged_logits(base, file, **told)
     write_adapter_folder(read_adapter(file, **told), folder, base=base, file=str(file))
     model = small(make_finch)
-    attached = peft.PeftModel.from_pretrained(model, str(folder))
     trained = load_file(folder / TRAINED_PARAMETERS)
-    assert trained.keys() == {
-        "blocks.1.time_mix.bonus",
-        "output_norm.bias",
-        "blocks.1.time_mix.key.base_layer.weight",
-    }
-    # Names as the model has them with the adapter attached.
-    assert not model.load_state_dict(trained, strict=False).unexpected_keys
+    assert trained.keys() == {"blocks.1.time_mix.bonus", "output_norm.bias", "blocks.1.time_mix.key.weight"}
+    model.load_state_dict(trained, strict=False)
+    attached = peft.PeftModel.from_pretrained(model, str(folder))
     torch.testing.assert_close(attached(TOKENS)[0], expected, rtol=0, atol=2e-5)
     assert float((expected - small(make_finch)(TOKENS)[0]).abs().max()) > 0.1
     # Every tensor of the folder was wanted, and everything attached had one.
@@ -109,10 +108,14 @@ def test_peft_computes_with_the_folder_what_the_file_means(
         for name in load_file(folder / "adapter_model.safetensors")
     }
     torch.testing.assert_close(merged_logits(base, folder), expected, rtol=0, atol=2e-5)
-    note = json.loads((folder / "infctx.json").read_text())
-    ranks, alpha = {"lora": ([5, 7], 20), "pissa": ([10, 14], 10), "disha": ([5], None)}[kind]
-    shown = {"lora": "lora", "pissa": "lora", "disha": "miss"}[kind]
-    assert note == {"kind": shown, "alpha": alpha, "ranks": ranks, "base_fingerprint": fingerprint(base)}
+    ours = small(make_finch)
+    load_adapter(ours, folder, base_fingerprint=fingerprint(base))
+    torch.testing.assert_close(ours(TOKENS)[0], expected, rtol=0, atol=2e-5)
+    facts = read_facts(folder)
+    ranks = {"lora": (7, 5, 20), "pissa": (14, 10, 10), "disha": (5, 5, None)}[kind]
+    assert facts is not None
+    assert (facts.kind, facts.base_fingerprint) == ("miss" if kind == "disha" else "lora", fingerprint(base))
+    assert (facts.rank, facts.ranks.get("blocks.0.time_mix.key", 5), facts.alpha) == ranks
     # And back to a file.
     written = write_rwkv_peft(read_adapter(folder), tmp_path / "again.pth", dtype=None, file="folder")
     back = read_tensors(tmp_path / "again.pth")[0]
@@ -133,16 +136,18 @@ def attached_by_peft(model: Finch, kind: str) -> torch.nn.Module:
         config = peft.LoraConfig(
             r=4,
             lora_alpha=6,
-            target_modules=[*TARGETS, "head", *(["embedding"] if kind == "embedding" else [])],
+            target_modules=[*TARGETS, "head", *(["embedding"] if "embedding" in kind else [])],
             use_rslora=kind == "rslora",
-            use_dora=kind == "dora",
+            use_dora="dora" in kind,
             rank_pattern={"blocks.1.time_mix.key": 7} if kind == "patterns" else {},
             alpha_pattern={"channel_mix.value": 3} if kind == "patterns" else {},
         )
     return peft.get_peft_model(model, config)
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "patterns", "dora", "embedding", "miss", "miss_bat", "miss_mini"])
+@pytest.mark.parametrize(
+    "kind", ["lora", "rslora", "patterns", "dora", "embedding", "embedding_dora", "miss", "miss_bat", "miss_mini"]
+)
 @torch.no_grad()
 def test_folders_of_peft_are_merged_as_peft_merges_them(
     make_finch: Callable[..., Finch], tmp_path: Path, kind: str
@@ -156,6 +161,7 @@ def test_folders_of_peft_are_merged_as_peft_merges_them(
     expected = attached(TOKENS)[0]
     save_with_peft(attached, tmp_path)
     found = read_adapter(tmp_path)
+    kind = kind.removeprefix("embedding_")
     assert found.kind == (kind if kind in ("dora", "miss_bat", "miss_mini") else "disha" if kind == "miss" else "lora")
     merged = build_model(apply_to(base, found, file="folder"))
     torch.testing.assert_close(merged(TOKENS)[0], expected, rtol=0, atol=2e-5)
@@ -399,11 +405,33 @@ def test_states_there_and_back(make_finch: Callable[..., Finch], make_adapter: A
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
     assert back.keys() == state.keys()
     assert (note["kind"], note["alpha"], note["ranks"]) == ("state", None, [])
+    ours_again = small(make_finch)
+    load_adapter(ours_again, tmp_path / "folder", base_fingerprint=fingerprint(base))
+    assert torch.equal(ours_again(TOKENS)[0], expected)
     float_state = {name: tensor.float() + 1e-4 for name, tensor in ours.items()}
     save_file(float_state, tmp_path / "folder" / TRAINED_PARAMETERS)
     for dtype, found in ((None, torch.bfloat16), (torch.float32, torch.float32)):
         write_rwkv_peft(read_adapter(tmp_path / "folder"), tmp_path / "again.pth", dtype=dtype, file="x", force=True)
         assert {tensor.dtype for tensor in read_tensors(tmp_path / "again.pth")[0].values()} == {found}
+
+
+def test_starts_of_the_token_shift_are_merged_and_not_written(make_finch: Callable[..., Finch], tmp_path: Path) -> None:
+    model = small(make_finch)
+    adapter = attach_state(model, initial_shifts=True)
+    adapter.save(tmp_path)
+    # Zeros are what every program begins with.
+    write_rwkv_peft(read_adapter(tmp_path), tmp_path / "zeros.pth", dtype=None, file="folder")
+    assert set(read_tensors(tmp_path / "zeros.pth")[0]) == {f"blocks.{i}.att.time_state" for i in range(2)}
+    disturb_(model)
+    adapter.save(tmp_path)
+    with torch.no_grad():
+        expected, _ = model(TOKENS)
+    base = tensors_of(small(make_finch))
+    assert torch.equal(merged_logits(base, tmp_path), expected)
+    with pytest.raises(CheckpointError, match=r"shift_state, a tuned start of the token shift, cannot be written"):
+        write_rwkv_peft(read_adapter(tmp_path), tmp_path / "x.pth", dtype=None, file="folder")
+    with pytest.raises(CheckpointError, match="1 names"):
+        read_rwkv_peft({"blocks.0.att.shift_state": torch.ones(24)}, file="x.pth")
 
 
 # Notes

@@ -17,7 +17,7 @@ from infctx.adapters.model_changes import ModelChanges
 from infctx.adapters.peft_folder.contents import PREFIX, PeftFolder, our_matrix
 from infctx.adapters.weight_updates import LowRank, SharedRows, TileProduct, Update, check_numbers
 from infctx.errors import CheckpointError
-from infctx.model.finch_keys import KeyRow, find_row, is_time_state, to_official
+from infctx.model.finch_keys import KeyRow, find_row, is_start, to_official
 
 _PART = re.compile(
     r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|miss_block)(?:\.weight)?"
@@ -57,7 +57,7 @@ def from_peft(folder: PeftFolder, *, file: str, base_fingerprint: str | None = N
     """
     replaced = _official_tensors(folder.trained, file=file)
     if folder.config is None:
-        kind = "state" if replaced and all(map(is_time_state, replaced)) else "parameters"
+        kind = "state" if replaced and all(map(is_start, replaced)) else "parameters"
         return ModelChanges(kind=kind, replaced=replaced, base_fingerprint=base_fingerprint)
     peft_type = folder.config.get("peft_type")
     if peft_type not in ("LORA", "MISS"):
@@ -157,7 +157,7 @@ def _lora(name: str, parts: Mapping[str, Tensor], scales: _Scales, *, file: str)
         if part not in parts or parts[part].dim() != 2:
             found = "none" if part not in parts else list(parts[part].shape)
             raise CheckpointError(f"{file}: tensor {our_matrix(name)}.{part}: expected 2 axes, found {found}.")
-    if len(parts) > 2 + ("lora_magnitude_vector" in parts) or (is_embedding and len(parts) > 2):
+    if len(parts) > 2 + ("lora_magnitude_vector" in parts):
         raise CheckpointError(
             f"{file}: {our_matrix(name)}: expected {wanted[0]} and {wanted[1]}, found {sorted(parts)}."
         )
@@ -170,7 +170,8 @@ def _lora(name: str, parts: Mapping[str, Tensor], scales: _Scales, *, file: str)
     scale = scales.of(name, down.shape[0])
     if is_embedding:
         down, up = up.t(), down.t()
-    return LowRank(down=down, up=up, scale=scale, magnitude=parts.get("lora_magnitude_vector"))
+    magnitude = parts.get("lora_magnitude_vector")
+    return LowRank(down=down, up=up, scale=scale, magnitude=magnitude, length_axis=0 if is_embedding else 1)
 
 
 def _miss(name: str, parts: Mapping[str, Tensor], kind: str, *, file: str) -> Update:

@@ -47,9 +47,7 @@ def _our_tensors(changes: ModelChanges, shapes: Mapping[str, torch.Size], *, fil
     for name, tensor in changes.replaced.items():
         row = find_row(name, is_official=True)
         assert row is not None
-        start, _, last = row.ours.rpartition(".")
-        key = f"{start}.base_layer.{last}" if name.removesuffix(".weight") in changes.updates else row.ours
-        ours[key] = from_official(row, tensor, shapes[row.ours], file=file).contiguous()
+        ours[row.ours] = from_official(row, tensor, shapes[row.ours], file=file).contiguous()
     return ours
 
 

@@ -22,7 +22,7 @@ from infctx.adapters.model_changes import ModelChanges
 from infctx.adapters.patterns import nearest_names
 from infctx.adapters.weight_updates import LowRank, SharedRows, Start, TileProduct, Update, check_numbers
 from infctx.errors import CheckpointError
-from infctx.model.finch_keys import BLOCK_MATRICES, find_row, is_time_state, official_names_of_layer_0
+from infctx.model.finch_keys import BLOCK_MATRICES, find_row, is_initial_shift, is_time_state, official_names_of_layer_0
 
 # Left on the names by DeepSpeed, Lightning and peft.
 _PREFIXES = ("_forward_module.", "base_model.model.", "model.")
@@ -131,7 +131,7 @@ def _sort(tensors: Mapping[str, Tensor], *, file: str) -> tuple[dict[str, dict[s
         match = _PART.fullmatch(name)
         if match is not None and _is_block_matrix(match[1]):
             found, place = parts.setdefault(match[1], {}), match[2].replace("bone", "disha")
-        elif find_row(name, is_official=True) is not None:
+        elif find_row(name, is_official=True) is not None and not is_initial_shift(name):
             found, place = whole, name
         else:
             unknown.append(name)

@@ -11,7 +11,7 @@ from infctx.adapters.model_changes import ModelChanges
 from infctx.adapters.peft_folder.contents import OTHER_BAT
 from infctx.adapters.weight_updates import LowRank, SharedRows, TileProduct
 from infctx.errors import CheckpointError
-from infctx.model.finch_keys import BLOCK_MATRICES, is_time_state
+from infctx.model.finch_keys import BLOCK_MATRICES, is_initial_shift, is_time_state
 
 _WHY_NOT = {
     "dora": "RWKV-PEFT's files have no place for DoRA's magnitudes. Merge it with infctx export.",
@@ -45,7 +45,13 @@ def to_rwkv_peft(changes: ModelChanges, *, file: str) -> RwkvPeftFile:
                 f"{file}: the adapter on {name} cannot be written: RWKV-PEFT has them in the blocks only, on "
                 f"{', '.join(BLOCK_MATRICES)}. Merge it with infctx export."
             )
-    whole = {name: tensor.contiguous() for name, tensor in changes.replaced.items()}
+    whole = {name: tensor.contiguous() for name, tensor in changes.replaced.items() if not is_initial_shift(name)}
+    shifts = [name for name in changes.replaced if is_initial_shift(name) and bool(changes.replaced[name].any())]
+    if shifts:
+        raise CheckpointError(
+            f"{file}: {shifts[0]}, a tuned start of the token shift, cannot be written: no other program reads it. "
+            "Train without adapter.initial_shifts."
+        )
     if changes.kind == "state":
         assert all(map(is_time_state, whole))
         return RwkvPeftFile("state", whole, None)
