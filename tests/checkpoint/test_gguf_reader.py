@@ -186,6 +186,11 @@ def test_the_tokenizer_follows_from_the_vocabulary(tmp_path: Path, length: int, 
     for model, expected in (("rwkv", tokenizer), ("gpt2", None)):
         path = written(tmp_path, file_of([ARCHITECTURE, words, key("tokenizer.ggml.model", STRING, text(model))], []))
         assert read_stored(path)[1].get("infctx.tokenizer") == expected
+    recorded = key("infctx.tokenizer", STRING, text("mine.json"))
+    path = written(
+        tmp_path, file_of([ARCHITECTURE, words, key("tokenizer.ggml.model", STRING, text("rwkv")), recorded], [])
+    )
+    assert read_stored(path)[1]["infctx.tokenizer"] == "mine.json"
 
 
 def test_nothing_is_read_before_it_is_asked_for_and_nothing_written(tmp_path: Path) -> None:
