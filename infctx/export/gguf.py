@@ -42,7 +42,7 @@ GgufDtype = torch.dtype | Literal["q8_0"]
 # A recurrent model has none; llama.cpp wants a number.
 CONTEXT_TOKENS = 1 << 20
 # Converted and written at once, so that a large matrix is never there twice.
-BLOCK_ELEMENTS = 1 << 22
+BLOCK_ELEMENTS = 1 << 20
 
 _CODES = {kind.name: code for code, kind in TYPES.items()}
 _TYPE_OF_DTYPE: dict[GgufDtype, str] = {

@@ -111,6 +111,13 @@ def test_metadata_and_tensors_as_they_were_written(tmp_path: Path, version: int,
     assert (tensors["b"].shape, tensors["b"].dtype) == ((1, 1, 1, 2), torch.float64)
 
 
+def test_the_sizes_of_the_types_are_those_of_the_gguf_package() -> None:
+    assert len(gguf_types.TYPES) > 25
+    for code, kind in gguf_types.TYPES.items():
+        theirs = gguf.GGMLQuantizationType(code)
+        assert (kind.name, kind.block_elements, kind.block_bytes) == (theirs.name, *gguf.GGML_QUANT_SIZES[theirs])
+
+
 QUANTISED = [
     kind.name for kind in gguf_types.TYPES.values() if kind.dtype is None and kind.name not in ("Q8_1", "Q8_K")
 ]
@@ -121,8 +128,6 @@ QUANTISED = [
 def test_types_are_what_the_gguf_package_makes_of_them(tmp_path: Path, name: str, is_streamed: bool) -> None:
     code = gguf.GGMLQuantizationType[name]
     block_elements, block_bytes = gguf.GGML_QUANT_SIZES[code]
-    ours = gguf_types.TYPES[int(code)]
-    assert (ours.block_elements, ours.block_bytes) == (block_elements, block_bytes)
     row_elements = max(block_elements * 2, 32)
     generator = np.random.default_rng(0)
     values = generator.standard_normal((6, row_elements), dtype=np.float32)
@@ -181,6 +186,11 @@ def test_the_tokenizer_follows_from_the_vocabulary(tmp_path: Path, length: int, 
     for model, expected in (("rwkv", tokenizer), ("gpt2", None)):
         path = written(tmp_path, file_of([ARCHITECTURE, words, key("tokenizer.ggml.model", STRING, text(model))], []))
         assert read_stored(path)[1].get("infctx.tokenizer") == expected
+    recorded = key("infctx.tokenizer", STRING, text("mine.json"))
+    path = written(
+        tmp_path, file_of([ARCHITECTURE, words, key("tokenizer.ggml.model", STRING, text("rwkv")), recorded], [])
+    )
+    assert read_stored(path)[1]["infctx.tokenizer"] == "mine.json"
 
 
 def test_nothing_is_read_before_it_is_asked_for_and_nothing_written(tmp_path: Path) -> None:
@@ -228,6 +238,7 @@ BAD = {
         "truncated: the value of 'k'",
     ),
     "alignment 0": (file_of([ARCHITECTURE, key("general.alignment", U32, bytes(4))], []), "alignment is 0"),
+    "alignment 4": (file_of([ARCHITECTURE, key("general.alignment", U32, b"\4\0\0\0")], []), "alignment is 4"),
     "alignment 24": (file_of([ARCHITECTURE, key("general.alignment", U32, b"\x18\0\0\0")], []), "alignment is 24"),
     "alignment 2**31": (file_of([ARCHITECTURE, key("general.alignment", U32, b"\0\0\0\x80")], []), "alignment is 21"),
     "alignment of text": (file_of([ARCHITECTURE, key("general.alignment", STRING, text("8"))], []), "alignment is '8'"),
