@@ -151,7 +151,12 @@ def test_fla_folders_of_others_hold_the_values_as_they_are(make_finch: Callable[
 
 def test_a_damaged_low_rank_pair_of_fla_is_an_error(make_finch: Callable[..., Finch], tmp_path: Path) -> None:
     tensors = save(make_finch("6"), tmp_path / "m", "fla")
-    for name, shape in (("x_proj.2.weight", (32, 7)), ("x_bias", (4, 32)), ("x_proj.0.linear.weight", (20,))):
+    for name, shape in (
+        ("x_proj.2.weight", (32, 7)),
+        ("x_bias", (4, 32)),
+        ("x_bias", (6, 32)),
+        ("x_proj.0.linear.weight", (20,)),
+    ):
         full = f"model.layers.1.attn.{name}"
         write_safetensors(tmp_path / "bad.safetensors", {**tensors, full: torch.zeros(shape)})
         with pytest.raises(CheckpointError, match=r"bad.safetensors: tensor .*found"):

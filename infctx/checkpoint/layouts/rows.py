@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from infctx.errors import CheckpointError
@@ -67,14 +68,17 @@ def from_layout(
     official: dict[str, StoredTensor] = {}
     for row in rows:
         stored = theirs[row.theirs]
-        for index, name in enumerate(row.official):
-            try:
+        try:
+            num_parts = len(row.read(torch.empty(stored.shape, dtype=stored.dtype, device="meta")))
+            if num_parts != len(row.official):
+                raise ValueError(f"it has {num_parts} parts")
+            for index, name in enumerate(row.official):
                 official[name] = stored if row.read is _alone else _part(stored, row.read, index)
-            except (RuntimeError, IndexError, ValueError) as error:
-                raise CheckpointError(
-                    f"{file}: tensor {row.theirs}: found shape {list(stored.shape)}, which holds no {name}. "
-                    "The file is damaged or of another architecture."
-                ) from error
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise CheckpointError(
+                f"{file}: tensor {row.theirs}: found shape {list(stored.shape)}, which does not hold "
+                f"{', '.join(row.official)}. The file is damaged or of another architecture."
+            ) from error
     return official
 
 
