@@ -4,8 +4,8 @@
 
 Memory and time: layers of the 1.6B model's sizes with random weights and a small vocabulary, LoRA of rank 16 on every
 matrix of the blocks, one exact gradient of a document and AdamW's update. The memory of each kind is that of a process
-of its own, which reads the model from a bf16 file as `infctx train` does; the times are medians of rounds in which
-every kind runs once, in one process.
+of its own, which reads the model from a bf16 file as `infctx train` does; the times, of the processor, are medians of
+rounds in which every kind runs once, in one process.
 Errors: of the byte model in datasets/ on a real text, none of which is random, against its float32 self.
 """
 
@@ -180,14 +180,14 @@ def memory_of(file: str, kind: str, precision: str, *, tokens: int, chunk: int) 
 
 
 def time_sides(file: Path, *, tokens: int, chunk: int, rounds: int) -> list[dict[str, Any]]:
-    """Seconds of a step, every side once a round after one that is not counted."""
+    """Seconds of the processor for a step, every side once a round after one that is not counted."""
     steps = {side: make_step(file, *side, tokens=tokens, chunk=chunk)[1] for side in SIDES}
     seconds: dict[tuple[str, str], list[float]] = {side: [] for side in SIDES}
     for _ in range(rounds + 1):
         for side, step in steps.items():
-            began = time.perf_counter()
+            began = time.process_time()
             step()
-            seconds[side].append(time.perf_counter() - began)
+            seconds[side].append(time.process_time() - began)
     rows = []
     for side, (_, *counted) in seconds.items():
         floats = seconds["none", side[1]][1:]
