@@ -12,6 +12,8 @@ Errors: of the byte model in datasets/ on a real text, none of which is random, 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import pydoc_data.topics
 import statistics
@@ -38,6 +40,7 @@ from infctx.model.init import initialise_, new_config
 from infctx.model.state import ModelState
 from infctx.training.bptt import ChunkObjective, backward_through_windows
 from infctx.training.fabric_run import FabricEngine
+from infctx.training.host_memory import HeapTrimmer
 from infctx.training.precision import apply_precision_
 
 ROOT = Path(__file__).parents[1]
@@ -117,6 +120,10 @@ def make_step(
     )
     sequence = chunk_rows([row], chunk_tokens=chunk)
 
+    # As in a run, where it trims by the clock: what loading left in the heap would count as the step's.
+    trimmer = HeapTrimmer(engine.device, clock=functools.partial(next, itertools.count(step=60)))
+    trimmer.tick()
+
     def step() -> None:
         state = ModelState.zeros(model.config, 1, dtype=torch.float32, device=engine.device)
         backward_through_windows(
@@ -129,6 +136,7 @@ def make_step(
         )
         optimizer.step()
         optimizer.zero_grad()
+        trimmer.tick()
 
     return model, step
 
