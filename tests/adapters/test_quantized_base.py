@@ -94,7 +94,8 @@ def test_nf4_codes_are_the_nearest_levels(shape: tuple[int, int]) -> None:
 def test_bnb_int8_rounds_each_row_and_each_token() -> None:
     matrix, x = torch.randn(96, 64), torch.randn(2, 5, 64)
     x[1, 2] = 0
-    found = QUANTIZED["bnb-int8"].from_matrix(matrix)(x)
+    layer = QUANTIZED["bnb-int8"].from_matrix(matrix)
+    found = layer(x)
 
     def rounded(rows: Tensor) -> Tensor:
         step = rows.half().double().abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
@@ -102,6 +103,7 @@ def test_bnb_int8_rounds_each_row_and_each_token() -> None:
 
     expected = rounded(x) @ rounded(matrix).t()
     # Codes that lie within rounding of a half may go either way: one step of one input.
+    assert float((layer.dequantized() - rounded(matrix)).norm() / matrix.norm()) < 1e-3
     assert float((found - expected).norm() / expected.norm()) < 1e-3
     assert float((found - x @ matrix.t()).norm() / expected.norm()) > 5e-3
 

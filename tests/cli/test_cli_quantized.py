@@ -22,6 +22,10 @@ def tensors_of(folder: Path) -> dict[str, bytes]:
     return found | {path.name: path.read_bytes() for path in (folder / "adapter").iterdir()}
 
 
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_trained_stopped_continued_exported(
     forks: Any, cli: Any, make_recipe: Callable[..., Path], models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -33,6 +37,7 @@ def test_trained_stopped_continued_exported(
         run={"steps": 24, "checkpoint_every": 3},
     )
     whole = forks.start("train", recipe, f"run.folder={tmp_path / 'whole'}", "--json")
+    floats = forks.start("train", recipe, f"run.folder={tmp_path / 'floats'}", "model.quantize=none", "run.steps=1")
     stopped = forks.start("train", recipe)
     folder = tmp_path / "run"
     stopped.wait_for((folder / "checkpoints" / "latest").exists)
@@ -43,7 +48,10 @@ def test_trained_stopped_continued_exported(
     assert cli("train", recipe, "--json").ok().json["steps"] == 24
     whole.wait().ok()
     assert tensors_of(folder) == tensors_of(tmp_path / "whole")
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = metrics_of(folder)
+    floats.wait().ok()
+    # It is the quantised base that is trained on: a fresh adapter adds nothing to it yet.
+    assert 0 < abs(steps[0]["loss"] / metrics_of(tmp_path / "floats")[0]["loss"] - 1) < 1e-2
     assert {step["recompute_difference"] for step in steps} == {0.0}
     assert steps[-1]["loss"] < steps[0]["loss"]
 
