@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from infctx.checkpoint.model_file import load_model
     from infctx.errors import CheckpointError, DataError, InfctxError, RecipeError
+    from infctx.export.adapter_files import load_adapter
     from infctx.export.catalog import save_model
     from infctx.training.chunked import backward_through_chunks, chunked_step
 
@@ -21,6 +22,7 @@ _HOME_OF = {
     "RecipeError": "infctx.errors",
     "backward_through_chunks": "infctx.training.chunked",
     "chunked_step": "infctx.training.chunked",
+    "load_adapter": "infctx.export.adapter_files",
     "load_model": "infctx.checkpoint.model_file",
     "save_model": "infctx.export.catalog",
 }
@@ -33,6 +35,7 @@ __all__ = [
     "__version__",
     "backward_through_chunks",
     "chunked_step",
+    "load_adapter",
     "load_model",
     "save_model",
 ]

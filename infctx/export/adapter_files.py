@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infctx.adapters.adapter import Adapter
 from infctx.adapters.adapter_folder import (
     FACTS_FILE,
     PEFT_CONFIG,
@@ -21,6 +22,7 @@ from infctx.adapters.adapter_folder import (
     read_facts,
     write_facts,
 )
+from infctx.adapters.load import load_adapter as attach_saved
 from infctx.adapters.model_changes import ModelChanges, apply_to
 from infctx.adapters.peft_folder.contents import PeftFolder
 from infctx.adapters.peft_folder.read import from_peft
@@ -28,7 +30,7 @@ from infctx.adapters.peft_folder.write import to_peft
 from infctx.adapters.rwkv_peft.read import read_rwkv_peft, with_alpha, with_start
 from infctx.adapters.rwkv_peft.write import to_rwkv_peft
 from infctx.checkpoint.atomic import replace_directory, write_file_atomically
-from infctx.checkpoint.model_file import fingerprint
+from infctx.checkpoint.model_file import fingerprint, tensors_of
 from infctx.checkpoint.weights import read_tensors, write_pth, write_safetensors
 from infctx.errors import CheckpointError
 from infctx.model.finch import Finch
@@ -100,6 +102,20 @@ def read_as_stored(path: Path) -> ModelChanges:
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise CheckpointError(f"{note_path(path)}: alpha: expected a number, found {str(alpha)[:40]!r}.")
     return with_alpha(changes, float(alpha), file=str(path))
+
+
+def load_adapter(model: Finch, folder: str | Path) -> Adapter:
+    """Put a saved adapter on the base model it was trained on: the adapter/ of a run, or a folder that peft wrote.
+
+    Args:
+        model: of `load_model`, in a dtype that holds the file's values; changed in place.
+        folder: in peft's layout, or with tuned states.
+    Returns:
+        The adapter; `merge_()` folds it into the model, `save(folder)` writes it.
+    Raises:
+        CheckpointError: not an adapter, one of another base, or one that does not fit.
+    """
+    return attach_saved(model, folder, base_fingerprint=fingerprint(tensors_of(model)))
 
 
 def merge_adapter(base: ModelTensors, changes: ModelChanges, *, file: str) -> ModelTensors:
