@@ -18,10 +18,10 @@ class OptimizerSection(Section):
 
     name: Literal["adamw", "adamw-8bit", "adamw-offloaded"] = Field(
         default="adamw",
-        description="adamw: moments beside the weights (Loshchilov and Hutter, arXiv 1711.05101); adamw-8bit: moments "
-        "of 8 bits, by bitsandbytes (Dettmers et al., arXiv 2110.02861), needs infctx[bitsandbytes]; adamw-offloaded: "
-        "moments and the update in host memory, for a GPU without room for them, with the result of adamw (after "
-        "ZeRO-Offload, arXiv 2101.06840).",
+        description="adamw: moments beside the weights, fused on a GPU (Loshchilov and Hutter, arXiv 1711.05101); "
+        "adamw-8bit: moments of 8 bits, by bitsandbytes (Dettmers et al., arXiv 2110.02861), needs "
+        "infctx[bitsandbytes]; adamw-offloaded: moments and the update in host memory, for a GPU without room for "
+        "them, and on a CPU the same bits as adamw (after ZeRO-Offload, arXiv 2101.06840).",
     )
     lr: _Positive = Field(description="Highest learning rate, per step.")
     warmup_steps: CountOrZero = Field(default=10, description="Steps over which the learning rate rises to lr.")

@@ -18,10 +18,19 @@ class OffloadedAdamW(torch.optim.Optimizer):
     Args:
         groups: `parameter_groups`, of float32 or float64 parameters, on any device and moved to any before the first
             step.
+        is_fused: as of `make_adamw`, on the host.
     Source: ZeRO-Offload, arXiv 2101.06840, section 4; without its delayed update.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        is_fused: bool = False,
+    ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
         of_groups = []
         for group in self.param_groups:
@@ -30,7 +39,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
             )
             masters = [nn.Parameter(p.detach().to("cpu", copy=True)) for p in group["params"]]
             of_groups.append({**group, "params": masters})
-        self._on_host = torch.optim.AdamW(of_groups, lr=lr, betas=betas, eps=eps, fused=True)
+        self._on_host = torch.optim.AdamW(of_groups, lr=lr, betas=betas, eps=eps, fused=is_fused)
         # Weights may be put in place from outside before the first step, as those of a checkpoint are.
         self._masters_are_current = False
 

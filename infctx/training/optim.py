@@ -85,13 +85,15 @@ def _rule(name: str, parameter: Tensor, weight_decay: float, decay_lr_multiplier
     return 1.0, weight_decay if is_matrix else 0.0
 
 
-def make_adamw(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
+def make_adamw(
+    groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float, is_fused: bool = False
+) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`; moments have the parameters' dtype, which is float32 in training.
 
-    One pass over each tensor (`fused`), which CPUs and CUDA devices have: a third of the time of one operation after
-    another, and the same bits in a run that is continued.
+    Args:
+        is_fused: one pass over each tensor, quicker and rounded elsewhere; the same bits again in the same run.
     """
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=is_fused)
 
 
 def make_optimizer(
@@ -111,11 +113,13 @@ def make_optimizer(
         RecipeError: it cannot run here; says why and what to do.
     """
     settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
+    # On a CPU it saves about a millisecond, half a percent of a quickstart step, and rounds runs to another end.
+    is_fused = device.type == "cuda"
     if name == "adamw-8bit":
         return make_eight_bit_adamw(groups, **settings, device=device)
     if name == "adamw-offloaded":
-        return OffloadedAdamW(groups, **settings)
-    return make_adamw(groups, **settings)
+        return OffloadedAdamW(groups, **settings, is_fused=is_fused)
+    return make_adamw(groups, **settings, is_fused=is_fused)
 
 
 def moment_bytes(name: OptimizerName, device: torch.device) -> int:

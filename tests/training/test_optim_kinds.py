@@ -16,7 +16,7 @@ from infctx.checkpoint.safetensors_file import read_safetensors, write_safetenso
 from infctx.errors import RecipeError
 from infctx.training.eight_bit_adamw import make_eight_bit_adamw
 from infctx.training.offloaded_adamw import OffloadedAdamW
-from infctx.training.optim import make_optimizer, moment_bytes
+from infctx.training.optim import make_adamw, make_optimizer, moment_bytes
 from infctx.training.optimizer_state import join_state_, split_state
 
 CPU = torch.device("cpu")
@@ -58,11 +58,12 @@ def take_steps(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], st
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw-offloaded"])
-def test_adamw_is_the_formula(name: str) -> None:
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("kind", [make_adamw, OffloadedAdamW])
+def test_adamw_is_the_formula(kind: Callable[..., torch.optim.Optimizer], is_fused: bool) -> None:
     """Of the paper's algorithm 2, in float64."""
     weights = make_weights(dtype=torch.float64)
-    take_steps(make(name, weights), weights, range(7))
+    take_steps(kind(groups_of(weights), **SETTINGS, is_fused=is_fused), weights, range(7))
     for index, (weight, found) in enumerate(zip(make_weights(dtype=torch.float64), weights, strict=True)):
         expected, first, second, count = weight.detach(), 0.0, 0.0, 0
         for step in range(7):
@@ -78,13 +79,18 @@ def test_adamw_is_the_formula(name: str) -> None:
         torch.testing.assert_close(found.detach(), expected, rtol=1e-12, atol=1e-14)
 
 
-def test_offloaded_is_adamw_bit_for_bit() -> None:
+@pytest.mark.parametrize("is_fused", [None, False, True])
+def test_offloaded_is_adamw_bit_for_bit(is_fused: bool | None) -> None:
+    """As a run on a CPU makes them, and as one on a GPU would."""
     straight, offloaded = make_weights(), make_weights()
-    take_steps(make("adamw", straight), straight, range(8))
-    optimizer = make("adamw-offloaded", offloaded)
+    if is_fused is None:
+        expected, optimizer = make("adamw", straight), make("adamw-offloaded", offloaded)
+    else:
+        expected = make_adamw(groups_of(straight), **SETTINGS, is_fused=is_fused)
+        optimizer = OffloadedAdamW(groups_of(offloaded), **SETTINGS, is_fused=is_fused)
+    take_steps(expected, straight, range(8))
     take_steps(optimizer, offloaded, range(8))
-    for expected, found in zip(straight, offloaded, strict=True):
-        assert torch.equal(expected, found)
+    assert all(torch.equal(*pair) for pair in zip(straight, offloaded, strict=True))
     assert isinstance(optimizer, OffloadedAdamW)
     assert not optimizer.state, "nothing beside the weights on their device"
 
@@ -124,12 +130,15 @@ def test_eight_bit_is_the_librarys() -> None:
         assert float(error) < (1e-5 if index == 1 else 0.1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "fused"])
 def test_a_state_survives_a_file_to_the_bit(name: str, tmp_path: Path) -> None:
-    straight, stopped = make_weights(), make_weights()
-    take_steps(make(name, straight), straight, range(9))
+    def make_one(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return make_adamw(groups_of(weights), **SETTINGS, is_fused=True) if name == "fused" else make(name, weights)
 
-    before = make(name, stopped)
+    straight, stopped = make_weights(), make_weights()
+    take_steps(make_one(straight), straight, range(9))
+
+    before = make_one(stopped)
     take_steps(before, stopped, range(4))
     tensors, numbers = split_state(before)
     write_safetensors(tmp_path / "state.safetensors", tensors)
@@ -137,7 +146,7 @@ def test_a_state_survives_a_file_to_the_bit(name: str, tmp_path: Path) -> None:
     kept = [weight.detach().clone() for weight in stopped]
     take_steps(before, stopped, range(4, 6))
     continued = [nn.Parameter(weight) for weight in kept]
-    after = make(name, continued)
+    after = make_one(continued)
     join_state_(after, read_safetensors(tmp_path / "state.safetensors")[0], numbers)
     found = split_state(after)
     assert found[1] == numbers
