@@ -105,6 +105,8 @@ def open_for_export(
     if not (path / RECIPE_FILE).is_file():
         if onto is not None:
             raise CheckpointError(f"--onto {onto}: {path} was not trained on a quantised base. Leave it out.")
+        if last_weights:
+            raise CheckpointError(f"--last-weights: {path} is not a run that averages its weights. Leave it out.")
         source = open_model(path, is_streamed=True)
         if adapter is not None:
             changes = read_adapter(adapter, alpha=alpha, start=start)
@@ -198,6 +200,8 @@ def _attach_newest(
     if loaded is None:
         raise CheckpointError(f"{folder}: this run has no checkpoint yet. Let it train to its first one.")
     state = loaded.state
+    if last_weights and AVERAGED not in state.tensors:
+        raise CheckpointError(f"--last-weights: {folder} is not a run that averages its weights. Leave it out.")
     opened = read_model_file(recipe.model.path, dtype=dtype)
     if state.facts.get("base_fingerprint") != opened.fingerprint:
         raise CheckpointError(

@@ -26,6 +26,12 @@ def set_base_weight_(module: nn.Module, values: Tensor, *, dtype: torch.dtype | 
     module.weight.data = values.to(dtype or module.weight.dtype)
 
 
+def parameter_values(model: nn.Module, name: str) -> Tensor:
+    """The values of any parameter, quantised matrices among them, as `exact_values`."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return owner.dequantized() if isinstance(owner, QuantizedLinear) else exact_values(model.get_parameter(name))
+
+
 def exact_values(parameter: Tensor) -> Tensor:
     """The values of a parameter in float32 (float64 of a float64 one), outside any graph."""
     values = parameter.detach()

@@ -22,7 +22,7 @@ from infctx.adapters.adapter_folder import (
     write_tensors,
     write_trained,
 )
-from infctx.adapters.base_weight import base_weight, exact_values, set_base_weight_
+from infctx.adapters.base_weight import parameter_values, set_base_weight_
 from infctx.adapters.patterns import matching_parameters
 from infctx.adapters.peft_kinds import EMBEDDING_KINDS, PRINCIPAL_KINDS, PeftSettings, check_ranks, peft_config
 from infctx.adapters.peft_merge import merged_weight, set_exact_magnitude_
@@ -37,6 +37,9 @@ from infctx.model.quantized_linear import QuantizedLinear
 
 if TYPE_CHECKING:
     import peft
+
+# They use a base matrix as a function only, and never its values.
+KINDS_ON_CODES = ("lora", "rslora")
 
 __all__ = ["TRAINED_PARAMETERS", "PeftAdapter", "attach_lora", "attach_peft", "wrap"]
 
@@ -85,10 +88,7 @@ class PeftAdapter:
         matrix = name.removesuffix(".weight")
         if matrix in self.layers:
             return merged_weight(self.layers[matrix])
-        owner = self._model.get_submodule(name.rpartition(".")[0])
-        if isinstance(owner, QuantizedLinear):
-            return base_weight(owner)
-        return exact_values(self._model.get_parameter(name))
+        return parameter_values(self._model, name)
 
     def merge_(self) -> None:
         """Fold the adapter into the weights and take it out of the model, in place.
@@ -146,6 +146,7 @@ def attach_peft(
     """
     kind = settings.kind
     matrices = target_matrices(model, settings.targets, with_embedding=kind in EMBEDDING_KINDS, kind=kind)
+    _refuse_codes(model, matrices, kind=kind)
     ranks = by_matrix(matrices, settings.rank, settings.ranks, key="adapter.ranks")
     alphas = by_matrix(matrices, settings.alpha or 1.0, settings.alphas, key="adapter.alphas")
     check_ranks(model, settings, ranks)
@@ -175,6 +176,15 @@ def attach_peft(
             frozen_dtype=frozen_dtype,
         )
     return adapter
+
+
+def _refuse_codes(model: nn.Module, matrices: Iterable[str], *, kind: str) -> None:
+    codes = [name for name in matrices if isinstance(model.get_submodule(name), QuantizedLinear)]
+    if codes and kind not in KINDS_ON_CODES:
+        raise RecipeError(
+            f"adapter.kind: {kind} computes with the values of its matrices, and {codes[0]} is stored quantised; "
+            f"expected {' or '.join(KINDS_ON_CODES)}, or model.quantize: none."
+        )
 
 
 def wrap(model: nn.Module, config: peft.PeftConfig, trained: Iterable[str], facts: AdapterFacts) -> PeftAdapter:

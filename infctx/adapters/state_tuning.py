@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from infctx.adapters.adapter_folder import AdapterFacts, write_facts, write_readme, write_trained
-from infctx.adapters.base_weight import exact_values
+from infctx.adapters.base_weight import parameter_values
 from infctx.model.finch import Finch
 
 
@@ -35,7 +35,7 @@ class StateTuning:
 
     def merged_parameter(self, name: str) -> Tensor:
         """The parameter itself, float32 (float64 in a float64 model)."""
-        return exact_values(self._model.get_parameter(name))
+        return parameter_values(self._model, name)
 
     def merge_(self) -> None:
         """The model holds the result."""

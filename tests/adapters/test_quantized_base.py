@@ -15,8 +15,10 @@ from torch import Tensor, nn
 import infctx
 from infctx.adapters import quantized_base
 from infctx.adapters.base_weight import base_weight
-from infctx.adapters.peft_adapters import attach_lora
+from infctx.adapters.peft_adapters import attach_lora, attach_peft
+from infctx.adapters.peft_kinds import PeftSettings
 from infctx.adapters.quantized_base import QUANTIZED, dequantize_, quantize_, stored_bytes
+from infctx.adapters.state_tuning import attach_state
 from infctx.checkpoint.model_file import official_tensors, tensors_of
 from infctx.data.chunking import Chunk, RowSlice, chunk_rows
 from infctx.errors import CheckpointError, RecipeError
@@ -278,7 +280,9 @@ def test_the_same_codes_from_every_dtype_that_holds_the_values(make_finch: Calla
 def test_what_is_stored_quantised_is_not_trained(make_finch: Callable[..., Finch]) -> None:
     model = make_finch("6")
     quantize_(model, "int8")
-    with pytest.raises(RecipeError, match=r"adapter\.train_also: blocks\.0\.time_mix\.key\.weight is stored quantised"):
+    with pytest.raises(
+        RecipeError, match=r"adapter\.train_also: blocks\.0\.channel_mix\.key\.weight is stored quantised"
+    ):
         attach_lora(model, rank=4, alpha=8, targets=["value"], train_also=["*.key.weight"])
     attach_lora(model, rank=4, alpha=8, targets=["head"], train_also=["embedding.weight"])
 
@@ -336,3 +340,40 @@ def test_a_library_that_does_not_run_here_or_is_wrong_is_refused(
             patch.setattr(layer, method, broken)
             with pytest.raises(RecipeError, match=rf"nf4 computes wrong {what} on cpu: a relative error of 1\.\d"):
                 quantize_(make_finch("6"), "nf4")
+
+
+@pytest.mark.parametrize("kind", ["rslora", "state"])
+def test_other_kinds_on_codes(make_finch: Callable[..., Finch], kind: str) -> None:
+    model = make_finch("6")
+    quantize_(model, "int8")
+    before, _ = model(TOKENS)
+    if kind == "state":
+        adapter: object = attach_state(model)
+    else:
+        adapter = attach_peft(model, PeftSettings(kind=kind, rank=4, alpha=8.0, dropout=0.0, targets=TARGETS))
+    assert torch.equal(model(TOKENS)[0], before)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    attached, _ = model(TOKENS)
+    assert float((attached - before).detach().abs().max()) > 0.01
+    names = ["blocks.1.time_mix.key.weight", "blocks.1.time_mix.bonus"]
+    values = {name: adapter.merged_parameter(name).detach() for name in names}  # type: ignore[attr-defined]
+    adapter.merge_()  # type: ignore[attr-defined]
+    torch.testing.assert_close(model(TOKENS)[0], attached, rtol=0, atol=1e-5)
+    if kind == "state":  # The matrices stay as they are stored, and are read as the numbers they stand for.
+        layer = model.blocks[1].time_mix.key
+        assert torch.equal(values["blocks.1.time_mix.key.weight"], layer.dequantized())
+        assert adapter.merged_parameter("blocks.1.time_mix.initial_state").any()  # type: ignore[attr-defined]
+    else:
+        for name, value in values.items():
+            torch.testing.assert_close(model.get_parameter(name).detach(), value)
+
+
+@pytest.mark.parametrize("kind", ["dora", "pissa", "olora", "miss"])
+def test_kinds_that_need_the_values_are_refused(make_finch: Callable[..., Finch], kind: str) -> None:
+    model = make_finch("6")
+    quantize_(model, "int8")
+    with pytest.raises(RecipeError, match=f"adapter.kind: {kind}.*quantised"):
+        attach_peft(model, PeftSettings(kind=kind, rank=4, alpha=8.0, dropout=0.0, targets=TARGETS))
