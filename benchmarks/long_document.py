@@ -64,8 +64,9 @@ def measure(num_tokens: int) -> dict[str, float]:
 
 def tune(folder: Path) -> dict[str, object]:
     """Train the recipe in this process."""
-    from infctx.assemble import open_trained, run_recipe
+    from infctx.assemble import run_recipe
     from infctx.recipe.load import load_recipe
+    from infctx.trained import open_trained
     from infctx.training.metrics import read_metrics
     from infctx.training.progress import make_progress
 

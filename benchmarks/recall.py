@@ -41,7 +41,7 @@ from recall_task import (
     write_dataset,
 )
 
-from infctx.assemble import open_trained
+from infctx.trained import open_trained
 from infctx.training.signals import StopRequested
 
 RATES = (1e-3, 2e-3, 4e-3)

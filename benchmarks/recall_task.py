@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 
-from infctx.assemble import open_trained, run_recipe
+from infctx.assemble import run_recipe
 from infctx.data.tokenizer import BytesTokenizer
 from infctx.export.catalog import save_model
 from infctx.model.finch import Finch
 from infctx.model.init import initialise_, new_config
 from infctx.recipe.schema import Recipe
+from infctx.trained import open_trained
 from infctx.training.progress import SilentProgress
 
 KEYS = "ABCDEFGH"

@@ -22,6 +22,7 @@ from infctx.adapters.adapter_folder import (
 )
 from infctx.adapters.patterns import nearest_names
 from infctx.adapters.peft_adapters import wrap
+from infctx.adapters.peft_library import import_peft
 from infctx.adapters.state_tuning import StateTuning, add_start_parameters_
 from infctx.errors import CheckpointError
 from infctx.model.finch import Finch
@@ -67,7 +68,7 @@ def _load_peft(
     model: Finch, folder: Path, content: Mapping[str, object], trained: Iterable[str], facts: AdapterFacts | None
 ) -> Adapter:
     kind = _peft_kind(folder, content)
-    import peft
+    peft = import_peft()
 
     config = peft.PeftConfig.from_pretrained(str(folder))
     config.inference_mode, config.task_type = False, None

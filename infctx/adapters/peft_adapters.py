@@ -25,13 +25,13 @@ from infctx.adapters.adapter_folder import (
 from infctx.adapters.base_weight import parameter_values, set_base_weight_
 from infctx.adapters.patterns import matching_parameters
 from infctx.adapters.peft_kinds import EMBEDDING_KINDS, PRINCIPAL_KINDS, PeftSettings, check_ranks, peft_config
+from infctx.adapters.peft_library import import_peft
 from infctx.adapters.peft_merge import merged_weight, set_exact_magnitude_
 from infctx.adapters.principal import ADAPTER, as_plain_lora, begin_from_principal_part_
 from infctx.adapters.quantized_base import dequantize_, refuse_quantized
 from infctx.adapters.state_tuning import add_start_parameters_
 from infctx.adapters.targets import by_matrix, target_matrices
 from infctx.errors import RecipeError
-from infctx.model.bitsandbytes_linear import without_its_advice
 from infctx.model.finch import Finch
 from infctx.model.quantized_linear import QuantizedLinear
 
@@ -65,7 +65,7 @@ class PeftAdapter:
 
         PiSSA and OLoRA are written as a LoRA of twice the rank on the matrices as they were.
         """
-        import peft
+        peft = import_peft()
 
         config: peft.PeftConfig = copy.deepcopy(self.peft_model.peft_config[ADAPTER])
         tensors = peft.get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
@@ -193,9 +193,7 @@ def wrap(model: nn.Module, config: peft.PeftConfig, trained: Iterable[str], fact
     Args:
         trained: their names.
     """
-    # peft imports bitsandbytes where it is installed.
-    with without_its_advice():
-        import peft
+    peft = import_peft()
 
     raw_parameters = {name: model.get_parameter(name) for name in sorted(trained)}
     refuse_quantized(raw_parameters.items(), key="adapter.train_also")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
+from infctx.adapters.peft_library import import_peft
 from infctx.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def peft_config(settings: PeftSettings, ranks: Mapping[str, int], alphas: Mappin
     Args:
         ranks, alphas: of every target, by its full name.
     """
-    import peft
+    peft = import_peft()
 
     if settings.kind == "miss":
         return peft.MissConfig(

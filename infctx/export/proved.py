@@ -71,6 +71,8 @@ def export_model(
     try:
         before_writing = time.perf_counter()
         notes = write_prepared(prepared, unproved, format, options)
+        if prepared.config.version != source.config.version:
+            notes.insert(0, f"{format} knows Finch only: this Eagle is written as the Finch that computes the same.")
         writing = time.perf_counter() - before_writing
         found = probe_logits(replace(open_model(unproved, is_streamed=True), origin=f"{output}, read back"))
         _check_same(prepared, expected, found, output=output, is_quantised=options.dtype == "q8_0")

@@ -135,3 +135,21 @@ def test_a_tuned_state_goes_into_formats_that_have_a_place_for_it(cli: Any, make
         tensors_of(tmp_path / "x.safetensors")["blocks.1.time_mix.initial_state"],
         model.blocks[1].time_mix.initial_state,
     )
+
+
+@pytest.mark.parametrize("format", ["fla", "gguf"])
+def test_an_eagle_becomes_a_finch_where_only_finches_are_known(
+    cli: Any, make_finch: Any, tmp_path: Path, format: str
+) -> None:
+    eagle = make_finch("5.2", vocab_size=257)
+    infctx.save_model(eagle, tmp_path / "eagle.pth", dtype=torch.float32)
+    output = tmp_path / ("finch.gguf" if format == "gguf" else "finch")
+    answer = convert(cli, tmp_path / "eagle.pth", output, format)
+    assert answer["max_logit_difference"] < 1e-4
+    assert any("this Eagle is written as the Finch" in note for note in answer["notes"])
+    finch = infctx.load_model(output)
+    assert finch.config.version == "6"
+    tokens = torch.arange(60)[None]
+    torch.testing.assert_close(finch(tokens)[0], eagle(tokens)[0], rtol=0, atol=1e-4)
+    layout = cli("model", "info", output, "--json").ok().json["layout"]
+    assert layout == {"fla": "flash-linear-attention", "gguf": "GGUF"}[format]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from infctx.adapters.model_changes import ModelChanges
 from infctx.adapters.peft_folder.contents import OTHER_BAT, PREFIX, PeftFolder, our_matrix
+from infctx.adapters.peft_library import import_peft
 from infctx.adapters.weight_updates import LowRank, SharedRows, Update
 from infctx.errors import CheckpointError
 from infctx.model.finch_keys import find_row, from_official
@@ -63,7 +64,7 @@ def _targets(matrices: list[str], *, num_layers: int) -> list[str]:
 
 
 def _lora_config(updates: Mapping[str, LowRank], targets: list[str]) -> dict[str, Any]:
-    import peft
+    peft = import_peft()
 
     alphas = {name: _alpha_of(update) for name, update in updates.items()}
     rank, alpha = max(update.rank for update in updates.values()), next(iter(alphas.values()))
@@ -94,7 +95,7 @@ def _lora_tensors(updates: Mapping[str, LowRank]) -> dict[str, Tensor]:
 
 
 def _miss_config(changes: ModelChanges, targets: list[str], *, file: str) -> dict[str, Any]:
-    import peft
+    peft = import_peft()
 
     if len(changes.ranks) > 1:
         raise CheckpointError(f"{file}: has ranks {changes.ranks}; peft's MiSS has one for all matrices. Merge it.")

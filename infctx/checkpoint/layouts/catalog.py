@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from infctx.checkpoint.layouts.fla import LAYOUT as FLA
 from infctx.checkpoint.layouts.fla import VALUE_SCALE, VALUE_SCALE_KEY, fla_num_layers, fla_rows, is_fla
-from infctx.checkpoint.layouts.gguf import ARCHITECTURE_KEY, from_gguf
+from infctx.checkpoint.layouts.gguf import ARCHITECTURE_KEY, from_gguf, is_gguf
+from infctx.checkpoint.layouts.gguf import LAYOUT as GGUF
 from infctx.checkpoint.layouts.hugging_face import LAYOUT as HUGGING_FACE
 from infctx.checkpoint.layouts.hugging_face import hugging_face_rows, hugging_face_version, is_hugging_face
 from infctx.checkpoint.layouts.rows import LayoutRow, from_layout
@@ -48,6 +49,8 @@ def layout_of(names: Mapping[str, StoredTensor]) -> str:
     """Whose names these are, in words."""
     if is_hugging_face(names):
         return HUGGING_FACE
+    if is_gguf(names):
+        return GGUF
     return FLA if is_fla(names) else "official"
 
 

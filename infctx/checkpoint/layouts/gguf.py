@@ -46,6 +46,11 @@ _ATTENTION = ("receptance", "key", "value", "output", "gate")
 _FEED_FORWARD = ("key", "receptance", "value")
 
 
+def is_gguf(names: Mapping[str, StoredTensor]) -> bool:
+    """Whether these are the names of this layout."""
+    return any(name.startswith(_LAYERS) for name in names)
+
+
 def is_matrix(name: str) -> bool:
     """Whether llama.cpp takes this tensor in another type than float32."""
     if name in ("token_embd.weight", "output.weight"):
