@@ -256,7 +256,15 @@ def _optimizer(recipe: Recipe, model: Finch, device: torch.device) -> torch.opti
         lr_multipliers=section.lr_multipliers,
         state_lr_multiplier=None if section.state_lr is None else section.state_lr / section.lr,
     )
-    return make_optimizer(groups, name=section.name, lr=section.lr, betas=section.betas, eps=section.eps, device=device)
+    return make_optimizer(
+        groups,
+        name=section.name,
+        lr=section.lr,
+        betas=section.betas,
+        eps=section.eps,
+        device=device,
+        is_fused=None if section.fused == "auto" else section.fused,
+    )
 
 
 def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:

@@ -18,10 +18,15 @@ class OptimizerSection(Section):
 
     name: Literal["adamw", "adamw-8bit", "adamw-offloaded"] = Field(
         default="adamw",
-        description="adamw: moments beside the weights, fused on a GPU (Loshchilov and Hutter, arXiv 1711.05101); "
+        description="adamw: moments beside the weights (Loshchilov and Hutter, arXiv 1711.05101); "
         "adamw-8bit: moments of 8 bits, by bitsandbytes (Dettmers et al., arXiv 2110.02861), needs "
         "infctx[bitsandbytes]; adamw-offloaded: moments and the update in host memory, for a GPU without room for "
         "them, and on a CPU the same bits as adamw (after ZeRO-Offload, arXiv 2101.06840).",
+    )
+    fused: bool | Literal["auto"] = Field(
+        default="auto",
+        description="AdamW in one pass over each weight: quicker, and rounded in other places (torch.optim.AdamW); "
+        "auto: on a GPU.",
     )
     lr: _Positive = Field(description="Highest learning rate, per step.")
     warmup_steps: CountOrZero = Field(default=10, description="Steps over which the learning rate rises to lr.")
@@ -97,8 +102,10 @@ class OptimizerSection(Section):
     )
 
     @model_validator(mode="after")
-    def _final_rate_fits_the_schedule(self) -> Self:
+    def _keys_belong_together(self) -> Self:
         problems = []
+        if self.name == "adamw-8bit" and self.fused != "auto":
+            problems.append(("optimizer.fused", "means nothing with optimizer.name adamw-8bit; remove it"))
         if self.schedule == "constant" and self.lr_final is not None:
             choices = ", ".join(DECAYING)
             problems.append(

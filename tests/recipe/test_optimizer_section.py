@@ -68,3 +68,9 @@ run: {folder: r, steps: 1}
     assert recipe.optimizer.lr_multipliers == {"*.lora_B.*": 16.0, "blocks.[01].*": 0.5, "head*": 2.5}
     again = parse_recipe(recipe_text(recipe.resolved().to_mapping()), name="again.yaml")
     assert again.optimizer == recipe.optimizer
+
+
+def test_eight_bit_moments_are_not_fused() -> None:
+    with pytest.raises(ValidationError, match=r"optimizer\.fused: means nothing with optimizer.name adamw-8bit"):
+        OptimizerSection.model_validate({"lr": 1e-4, "name": "adamw-8bit", "fused": True})
+    assert OptimizerSection.model_validate({"lr": 1e-4, "fused": True}).fused is True

@@ -88,6 +88,7 @@ def test_defaults() -> None:
     }
     assert recipe.optimizer.model_dump() == {
         "name": "adamw",
+        "fused": "auto",
         "lr": 1e-4,
         "warmup_steps": 10,
         "schedule": "constant",

@@ -204,3 +204,13 @@ def test_trying_an_optimizer_draws_no_random_numbers(name: str, make_finch: Call
     before = torch.get_rng_state()
     make(name, make_weights())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw-offloaded"])
+def test_fused_is_asked_for_or_left_to_the_device(name: str) -> None:
+    found = {}
+    for is_fused in (None, False, True):
+        optimizer = make_optimizer(groups_of(make_weights()), name=name, **SETTINGS, device=CPU, is_fused=is_fused)
+        inner = optimizer._on_host if isinstance(optimizer, OffloadedAdamW) else optimizer
+        found[is_fused] = bool(inner.defaults["fused"])
+    assert found == {None: False, False: False, True: True}
