@@ -155,6 +155,7 @@ def _open_run(path: Path, *, last_weights: bool, onto: Base | None) -> OpenedFor
 class _Attached:
     """A run's base with its adapter on it, and the weights of its newest checkpoint in that."""
 
+    folder: Path
     recipe: Recipe
     model: Finch
     adapter: Adapter
@@ -180,7 +181,7 @@ class _Attached:
             else base.tensors[row.official]
             for row in finch_keys.key_rows(base.config, **starts)
         }
-        return replace(base, tensors=tensors, tokenizer=self.tokenizer)
+        return replace(base, tensors=tensors, tokenizer=self.tokenizer, origin=str(self.folder))
 
     def _merged(self, row: finch_keys.KeyRow, without_values: Tensor) -> StoredTensor:
         shape = tuple(finch_keys.to_official(row, without_values).shape)
@@ -223,6 +224,7 @@ def _attach_newest(
     notes.append(f"{folder}: the model of step {state.step:,}{averaged}.")
     tokenizer = state.facts.get("tokenizer")
     return _Attached(
+        folder=folder,
         recipe=recipe,
         model=opened.model.eval(),
         adapter=adapter,

@@ -14,7 +14,7 @@ from infctx.checkpoint.model_file import tensors_of
 from infctx.checkpoint.shards import INDEX_FILE, SHARD_PATTERN, SINGLE_FILE
 from infctx.errors import CheckpointError
 from infctx.export.fla import prepare_fla, write_fla
-from infctx.export.gguf import prepare_gguf, write_prepared_gguf
+from infctx.export.gguf import as_read_back, prepare_gguf, write_prepared_gguf
 from infctx.export.hugging_face import prepare_hugging_face, write_hugging_face
 from infctx.export.official import (
     prepare_pth,
@@ -29,11 +29,13 @@ from infctx.model.tensors import ModelTensors
 
 class Format(NamedTuple):
     """prepare: source -> the tensors that will be in the file, in official form. write: those into a path, which is a
-    folder that exists where the format has folders; returns sentences for the user."""
+    folder that exists where the format has folders; returns sentences for the user. read_back: what those tensors are
+    read as, where the file does not hold their values."""
 
     prepare: Callable[[ModelTensors, ExportOptions], ModelTensors]
     write: Callable[[ModelTensors, Path, ExportOptions], list[str]]
     has_folder: bool = False
+    read_back: Callable[[ModelTensors, ExportOptions], ModelTensors] = lambda source, options: source
 
 
 FORMATS = {
@@ -41,7 +43,7 @@ FORMATS = {
     "safetensors": Format(prepare_safetensors, write_official_safetensors),
     "hf": Format(prepare_hugging_face, write_hugging_face, has_folder=True),
     "fla": Format(prepare_fla, write_fla, has_folder=True),
-    "gguf": Format(prepare_gguf, write_prepared_gguf),
+    "gguf": Format(prepare_gguf, write_prepared_gguf, read_back=as_read_back),
 }
 _SUFFIXES = {".pth": "pth", ".safetensors": "safetensors", ".gguf": "gguf"}
 # What an export leaves in a folder: nothing else is ever replaced.

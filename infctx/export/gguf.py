@@ -17,7 +17,7 @@ from torch import Tensor
 
 from infctx.checkpoint.atomic import write_file_atomically
 from infctx.checkpoint.gguf_reader import DEFAULT_ALIGNMENT
-from infctx.checkpoint.gguf_types import TYPES, GgufType, import_gguf
+from infctx.checkpoint.gguf_types import TYPES, GgufType, dequantise_q8_0, import_gguf
 from infctx.checkpoint.layouts.gguf import (
     ARCHITECTURE,
     LAYER_NORM_KEY,
@@ -74,6 +74,32 @@ def prepare_gguf(source: ModelTensors, options: ExportOptions) -> ModelTensors:
 def write_prepared_gguf(source: ModelTensors, path: Path, options: ExportOptions) -> list[str]:
     """`write_gguf` of what `prepare_gguf` gave."""
     return write_gguf(source, path, dtype=_stored_dtype(source) if options.dtype is None else options.dtype)
+
+
+def as_read_back(source: ModelTensors, options: ExportOptions) -> ModelTensors:
+    """What a file of `prepare_gguf`'s tensors is read as: of quantised matrices, the values their codes stand for."""
+    if options.dtype != "q8_0":
+        return source
+    gguf = import_gguf(needed_for="writing GGUF")
+    tensors = dict(source.tensors)
+    for row in gguf_rows(source.config):
+        if is_matrix(row.theirs):
+            (name,) = row.official
+            tensors[name] = _through_codes(tensors[name], _kind(row.theirs, tensors[name], "q8_0"), gguf)
+    return replace(source, tensors=tensors)
+
+
+def _through_codes(stored: StoredTensor, kind: GgufType, gguf: ModuleType) -> StoredTensor:
+    def read() -> Tensor:
+        tensor = stored.read()
+        if kind.dtype is not None:
+            return tensor.to(kind.dtype).float()
+        rows = tensor.split(max(1, BLOCK_ELEMENTS // tensor.shape[-1]))
+        pieces = [bytearray(_encoded(gguf, piece, kind, where="a matrix")) for piece in rows]
+        codes = [torch.frombuffer(piece, dtype=torch.uint8).view(-1, kind.block_bytes) for piece in pieces]
+        return torch.cat([dequantise_q8_0(blocks).view(-1, tensor.shape[-1]) for blocks in codes])
+
+    return StoredTensor(stored.shape, torch.float32, read)
 
 
 def _stored_dtype(source: ModelTensors) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,8 +22,6 @@ from infctx.model.tensors import ModelTensors
 # Between the logits of the tensors that were to be written and of those read back, beside the largest: one layer's
 # matrices may be laid out differently in memory, and be multiplied in another order.
 _SAME = 1e-4
-# A quantised file's logits may be this far off, beside the standard deviation of the source's.
-_QUANTISED = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +73,7 @@ def export_model(
             notes.insert(0, f"{format} knows Finch only: this Eagle is written as the Finch that computes the same.")
         writing = time.perf_counter() - before_writing
         found = probe_logits(replace(open_model(unproved, is_streamed=True), origin=f"{output}, read back"))
-        _check_same(prepared, expected, found, output=output, is_quantised=options.dtype == "q8_0")
+        _check_same(lambda: FORMATS[format].read_back(prepared, options), expected, found, output=output)
         num_bytes = _size(unproved)
         if output.is_dir():
             set_aside(output)
@@ -106,18 +104,15 @@ def _check_merge(expected: Tensor, merged: Tensor, *, origin: str) -> None:
         )
 
 
-def _check_same(prepared: ModelTensors, expected: Tensor, found: Tensor, *, output: Path, is_quantised: bool) -> None:
+def _check_same(written: Callable[[], ModelTensors], expected: Tensor, found: Tensor, *, output: Path) -> None:
     """The file must compute what the tensors that went into it compute; how far that is from the source is told."""
+    bound = _SAME * max(1.0, float(expected.abs().max()))
     difference = float((found - expected).abs().max())
-    if is_quantised:
-        bound, reference = _QUANTISED * float(expected.std()), "the source"
-    else:
-        bound, reference = _SAME * max(1.0, float(expected.abs().max())), "what was written"
-        if not difference <= bound:
-            difference = float((found - probe_logits(prepared)).abs().max())
+    if not difference <= bound:
+        difference = float((found - probe_logits(written())).abs().max())
     if not difference <= bound:
         raise CheckpointError(
-            f"{output}: read back, its logits differ from those of {reference} by {difference:.2e}; at most "
+            f"{output}: read back, its logits differ from those of what was written by {difference:.2e}; at most "
             f"{bound:.2e} was expected. Nothing was written. "
             "This is a bug of infctx or a failing disk; please report it."
         )

@@ -250,3 +250,30 @@ def test_an_adapter_that_does_not_fit(
         if ended.code == 0:
             break
     assert codes == [4] * (len(codes) - 1) + [0]
+
+
+def test_a_merge_that_is_not_what_was_trained_is_not_written(
+    cli: Any, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from infctx.adapters.peft_adapters import PeftAdapter
+
+    right = PeftAdapter.merged_parameter
+    monkeypatch.setattr(PeftAdapter, "merged_parameter", lambda self, name: right(self, name) * 1.01)
+    ended = cli("export", run_folder, "--output", tmp_path / "x.pth")
+    ended.refused(str(run_folder), "merged", "adapter attached", "Nothing was written")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_reads_the_base_from_its_file_one_tensor_at_a_time(run_folder: Path) -> None:
+    """What no adapter changed stays in its file; what one changed is merged when it is read, and each time anew."""
+    from infctx.trained import open_for_export
+
+    opened = open_for_export(run_folder)
+    merged = opened.source.tensors["blocks.1.att.key.weight"]
+    first, second = merged.read(), merged.read()
+    assert torch.equal(first, second)
+    assert first.data_ptr() != second.data_ptr()
+    untouched = opened.source.tensors["emb.weight"]
+    first, second = untouched.read(), untouched.read()
+    assert first.data_ptr() != second.data_ptr()
+    assert opened.logits is not None

@@ -22,7 +22,8 @@ from infctx.checkpoint.model_file import load_model, official_tensors, open_mode
 from infctx.data.tokenizer import tokenizer_by_name
 from infctx.errors import CheckpointError
 from infctx.export import gguf as gguf_export
-from infctx.export.gguf import write_gguf
+from infctx.export.gguf import as_read_back, prepare_gguf, write_gguf, write_prepared_gguf
+from infctx.export.options import ExportOptions
 from infctx.model.finch import Finch
 from infctx.model.tensors import ModelTensors
 
@@ -518,3 +519,17 @@ def test_a_full_disk_is_an_oserror(model: Finch, tmp_path: Path, limit_bytes: in
         signal.signal(signal.SIGXFSZ, old_handler)
     assert caught.value.errno == errno.EFBIG
     assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("m.gguf", b"old")]
+
+
+def test_what_a_quantised_file_is_read_as_is_known_beforehand(make_finch: Callable[..., Finch], tmp_path: Path) -> None:
+    """The proof of an export compares with it: how far quantisation takes a model's logits is no measure of a file."""
+    model = make_finch("6", n_embd=64, vocab_size=257, head_size=16, dim_ffn=101)
+    options = ExportOptions(dtype="q8_0")
+    prepared = prepare_gguf(tensors_of(model, tokenizer="bytes"), options)
+    write_prepared_gguf(prepared, tmp_path / "m.gguf", options)
+    expected, found = as_read_back(prepared, options), open_model(tmp_path / "m.gguf")
+    assert expected.tensors.keys() == found.tensors.keys()
+    for name, stored in expected.tensors.items():
+        assert torch.equal(stored.read(), found.tensors[name].read()), name
+    before = {name: stored.read() for name, stored in prepared.tensors.items()}
+    assert sum(not torch.equal(before[name], found.tensors[name].read()) for name in before) == 2 + 3 * 8
