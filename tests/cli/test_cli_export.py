@@ -277,3 +277,11 @@ def test_an_export_reads_the_base_from_its_file_one_tensor_at_a_time(run_folder:
     first, second = untouched.read(), untouched.read()
     assert first.data_ptr() != second.data_ptr()
     assert opened.logits is not None
+
+
+def test_last_weights_are_of_runs_that_have_others(
+    cli: Any, run_folder: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
+    for source in (run_folder, models["pth"]):
+        ended = cli("export", source, "--output", tmp_path / "x.pth", "--last-weights")
+        ended.refused("--last-weights", str(source), "averages")
