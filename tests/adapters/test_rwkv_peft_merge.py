@@ -221,12 +221,15 @@ def official_logits(path: Path, tokens: list[int]) -> Tensor:
     return official.forward(tokens, None, full_output=True)[0]
 
 
-@pytest.mark.parametrize("kind", ["lora", "pissa", "disha", "bat", "state"])
+@pytest.mark.parametrize(
+    ("kind", "version"),
+    [*((kind, "6") for kind in ("lora", "pissa", "disha", "bat", "state")), ("lora", "5.2"), ("state", "5.2")],
+)
 @torch.no_grad()
 def test_merged_files_in_the_official_runtime(
-    make_finch: Callable[..., Finch], make_adapter: Adapter, tmp_path: Path, kind: str
+    make_finch: Callable[..., Finch], make_adapter: Adapter, tmp_path: Path, kind: str, version: str
 ) -> None:
-    model = make_finch("6", n_layer=2, n_embd=64, head_size=32, dim_ffn=96, vocab_size=300)
+    model = make_finch(version, n_layer=2, n_embd=64, head_size=32, dim_ffn=96, vocab_size=300)
     base = official_tensors(model)
     start = None
     write_pth(tmp_path / FILE, make_adapter(base, {"pissa": "lora"}.get(kind, kind), rank=8))
