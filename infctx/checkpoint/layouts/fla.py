@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from infctx.checkpoint.layouts.rows import LayoutRow, one_to_one
+from infctx.checkpoint.layouts.rows import LayoutRow, norm_rows, one_to_one, transposed_row, vector_row
 from infctx.model.config import FinchConfig
 from infctx.model.tensors import StoredTensor
 
@@ -48,17 +48,17 @@ def _rows(config: FinchConfig, value_scale: float) -> Iterator[LayoutRow]:
     for i in range(config.n_layer):
         theirs, official = f"{_LAYERS}{i}", f"blocks.{i}"
         if i == 0:
-            yield from _norm(f"{theirs}.pre_norm", f"{official}.ln0")
-        yield from _norm(f"{theirs}.attn_norm", f"{official}.ln1")
+            yield from norm_rows(f"{theirs}.pre_norm", f"{official}.ln0")
+        yield from norm_rows(f"{theirs}.attn_norm", f"{official}.ln1")
         yield from _time_mix(f"{theirs}.attn", f"{official}.att", value_scale)
-        yield from _norm(f"{theirs}.ffn_norm", f"{official}.ln2")
+        yield from norm_rows(f"{theirs}.ffn_norm", f"{official}.ln2")
         yield from _channel_mix(f"{theirs}.ffn", f"{official}.ffn")
-    yield from _norm("model.norm", "ln_out")
+    yield from norm_rows("model.norm", "ln_out")
     yield one_to_one("lm_head.weight", "head.weight")
 
 
 def _time_mix(theirs: str, official: str, value_scale: float) -> Iterator[LayoutRow]:
-    yield _vector(f"{theirs}.x_proj.0.mu", f"{official}.time_maa_x")
+    yield vector_row(f"{theirs}.x_proj.0.mu", f"{official}.time_maa_x")
     yield one_to_one(
         f"{theirs}.x_proj.0.linear.weight",
         f"{official}.time_maa_w1",
@@ -85,32 +85,19 @@ def _time_mix(theirs: str, official: str, value_scale: float) -> Iterator[Layout
         write=lambda x: x * value_scale,
         read=lambda x: x / value_scale,
     )
-    yield _transposed(f"{theirs}.w_proj.linear.lora.0.weight", f"{official}.time_decay_w1")
-    yield _transposed(f"{theirs}.w_proj.linear.lora.2.weight", f"{official}.time_decay_w2")
-    yield _vector(f"{theirs}.w_proj.linear.lora.2.bias", f"{official}.time_decay")
+    yield transposed_row(f"{theirs}.w_proj.linear.lora.0.weight", f"{official}.time_decay_w1")
+    yield transposed_row(f"{theirs}.w_proj.linear.lora.2.weight", f"{official}.time_decay_w2")
+    yield vector_row(f"{theirs}.w_proj.linear.lora.2.bias", f"{official}.time_decay")
     yield one_to_one(f"{theirs}.bonus", f"{official}.time_faaaa")
-    yield from _norm(f"{theirs}.g_norm", f"{official}.ln_x")
+    yield from norm_rows(f"{theirs}.g_norm", f"{official}.ln_x")
     yield one_to_one(f"{theirs}.o_proj.weight", f"{official}.output.weight")
 
 
 def _channel_mix(theirs: str, official: str) -> Iterator[LayoutRow]:
     for name, mix in (("key", "k"), ("receptance", "r")):
         yield one_to_one(f"{theirs}.{name}.linear.weight", f"{official}.{name}.weight")
-        yield _vector(f"{theirs}.{name}.mu", f"{official}.time_maa_{mix}")
+        yield vector_row(f"{theirs}.{name}.mu", f"{official}.time_maa_{mix}")
     yield one_to_one(f"{theirs}.value.weight", f"{official}.value.weight")
-
-
-def _norm(theirs: str, official: str) -> Iterator[LayoutRow]:
-    yield one_to_one(f"{theirs}.weight", f"{official}.weight")
-    yield one_to_one(f"{theirs}.bias", f"{official}.bias")
-
-
-def _vector(theirs: str, official: str) -> LayoutRow:
-    return one_to_one(theirs, official, write=lambda x: x.reshape(-1), read=lambda x: x)
-
-
-def _transposed(theirs: str, official: str) -> LayoutRow:
-    return one_to_one(theirs, official, write=lambda x: x.t(), read=lambda x: x.t())
 
 
 def _regrouped(x: Tensor, order: list[int]) -> Tensor:

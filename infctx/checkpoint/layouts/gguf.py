@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from infctx.checkpoint.layouts.rows import LayoutRow, from_layout, one_to_one
+from infctx.checkpoint.layouts.rows import LayoutRow, from_layout, norm_rows, one_to_one, transposed_row, vector_row
 from infctx.errors import CheckpointError
 from infctx.model.config import FinchConfig
 from infctx.model.finch_keys import read_config
@@ -132,21 +132,21 @@ def _integer(metadata: Mapping[str, str], key: str, default: int, *, file: str) 
 
 def _rows(n_layer: int, *, is_fused: bool, layers_a_halving: int) -> Iterator[LayoutRow]:
     yield one_to_one("token_embd.weight", "emb.weight")
-    yield from _norm("token_embd_norm", "blocks.0.ln0")
+    yield from norm_rows("token_embd_norm", "blocks.0.ln0")
     for i in range(n_layer):
         theirs, official = f"{_LAYERS}{i}", f"blocks.{i}"
         halvings = i // layers_a_halving if layers_a_halving else 0
-        yield from _norm(f"{theirs}.attn_norm", f"{official}.ln1")
-        yield from _norm(f"{theirs}.attn_norm_2", f"{official}.ln2")
+        yield from norm_rows(f"{theirs}.attn_norm", f"{official}.ln1")
+        yield from norm_rows(f"{theirs}.attn_norm_2", f"{official}.ln2")
         yield from _mixes(theirs, f"{official}.att", is_fused=is_fused)
         yield from _time_mix(theirs, f"{official}.att", halvings)
         yield from _channel_mix(theirs, f"{official}.ffn", halvings)
-    yield from _norm("output_norm", "ln_out")
+    yield from norm_rows("output_norm", "ln_out")
     yield one_to_one("output.weight", "head.weight")
 
 
 def _mixes(theirs: str, official: str, *, is_fused: bool) -> Iterator[LayoutRow]:
-    yield _vector(f"{theirs}.time_mix_lerp_x.weight", f"{official}.time_maa_x")
+    yield vector_row(f"{theirs}.time_mix_lerp_x.weight", f"{official}.time_maa_x")
     names = [f"{official}.time_maa_{mix}" for mix in _MIXES]
     if is_fused:
         yield LayoutRow(
@@ -157,41 +157,28 @@ def _mixes(theirs: str, official: str, *, is_fused: bool) -> Iterator[LayoutRow]
         )
     else:  # as files were written before 2025
         for mix, name in zip(_MIXES, names, strict=True):
-            yield _vector(f"{theirs}.time_mix_lerp_{mix}.weight", name)
-    yield _transposed(f"{theirs}.time_mix_w1.weight", f"{official}.time_maa_w1")
-    yield _transposed(f"{theirs}.time_mix_w2.weight", f"{official}.time_maa_w2")
+            yield vector_row(f"{theirs}.time_mix_lerp_{mix}.weight", name)
+    yield transposed_row(f"{theirs}.time_mix_w1.weight", f"{official}.time_maa_w1")
+    yield transposed_row(f"{theirs}.time_mix_w2.weight", f"{official}.time_maa_w2")
 
 
 def _time_mix(theirs: str, official: str, halvings: int) -> Iterator[LayoutRow]:
     yield one_to_one(f"{theirs}.time_mix_first.weight", f"{official}.time_faaaa")
-    yield _vector(f"{theirs}.time_mix_decay.weight", f"{official}.time_decay")
-    yield _transposed(f"{theirs}.time_mix_decay_w1.weight", f"{official}.time_decay_w1")
-    yield _transposed(f"{theirs}.time_mix_decay_w2.weight", f"{official}.time_decay_w2")
+    yield vector_row(f"{theirs}.time_mix_decay.weight", f"{official}.time_decay")
+    yield transposed_row(f"{theirs}.time_mix_decay_w1.weight", f"{official}.time_decay_w1")
+    yield transposed_row(f"{theirs}.time_mix_decay_w2.weight", f"{official}.time_decay_w2")
     for name in _ATTENTION:
         times = halvings if name == "output" else 0
         yield _halved(f"{theirs}.time_mix_{name}.weight", f"{official}.{name}.weight", times)
-    yield from _norm(f"{theirs}.time_mix_ln", f"{official}.ln_x")
+    yield from norm_rows(f"{theirs}.time_mix_ln", f"{official}.ln_x")
 
 
 def _channel_mix(theirs: str, official: str, halvings: int) -> Iterator[LayoutRow]:
     for mix in ("k", "r"):
-        yield _vector(f"{theirs}.channel_mix_lerp_{mix}.weight", f"{official}.time_maa_{mix}")
+        yield vector_row(f"{theirs}.channel_mix_lerp_{mix}.weight", f"{official}.time_maa_{mix}")
     for name in _FEED_FORWARD:
         times = halvings if name == "value" else 0
         yield _halved(f"{theirs}.channel_mix_{name}.weight", f"{official}.{name}.weight", times)
-
-
-def _norm(theirs: str, official: str) -> Iterator[LayoutRow]:
-    yield one_to_one(f"{theirs}.weight", f"{official}.weight")
-    yield one_to_one(f"{theirs}.bias", f"{official}.bias")
-
-
-def _vector(theirs: str, official: str) -> LayoutRow:
-    return one_to_one(theirs, official, write=lambda x: x.reshape(-1), read=lambda x: x)
-
-
-def _transposed(theirs: str, official: str) -> LayoutRow:
-    return one_to_one(theirs, official, write=_swap_axes, read=_swap_axes)
 
 
 def _separate(fused: Tensor) -> list[Tensor]:
@@ -199,10 +186,6 @@ def _separate(fused: Tensor) -> list[Tensor]:
     if fused.shape[0] != len(_MIXES):
         raise ValueError(f"expected {len(_MIXES)} mixes")
     return list(fused.unbind(0))
-
-
-def _swap_axes(x: Tensor) -> Tensor:
-    return x.transpose(-1, -2)
 
 
 def _halved(theirs: str, official: str, times: int) -> LayoutRow:

@@ -51,6 +51,21 @@ def one_to_one(
     )
 
 
+def norm_rows(theirs: str, official: str) -> list[LayoutRow]:
+    """Weight and bias of a norm."""
+    return [one_to_one(f"{theirs}.{last}", f"{official}.{last}") for last in ("weight", "bias")]
+
+
+def vector_row(theirs: str, official: str) -> LayoutRow:
+    """A vector that is [C] there and [1, 1, C] in official files."""
+    return one_to_one(theirs, official, write=lambda x: x.reshape(-1), read=lambda x: x)
+
+
+def transposed_row(theirs: str, official: str) -> LayoutRow:
+    """A matrix, or several in a stack, with their two axes the other way round."""
+    return one_to_one(theirs, official, write=_swap_axes, read=_swap_axes)
+
+
 def to_layout(rows: Sequence[LayoutRow], official: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Official tensors under the layout's names and in its shapes, in the order of its rows."""
     return {row.theirs: _changed([official[name] for name in row.official], row.write) for row in rows}
@@ -98,6 +113,10 @@ def check_names(expected: set[str], found: set[str], *, file: str, what: str) ->
             f"{file}: {len(unexpected)} tensors do not belong to {what}, first {unexpected[0]}.{hint} "
             "Expected exactly a model's own tensors; adapters are loaded on top of a model."
         )
+
+
+def _swap_axes(x: Tensor) -> Tensor:
+    return x.transpose(-1, -2)
 
 
 def _changed(parts: list[StoredTensor], change: Callable[[list[Tensor]], Tensor]) -> StoredTensor:
