@@ -20,6 +20,9 @@ PEFT_TENSORS = "adapter_model.safetensors"
 TRAINED_PARAMETERS = "trained_parameters.safetensors"
 FACTS_FILE = "infctx.json"
 FACTS_SCHEMA = 1
+# Kinds of init_lora_weights that change the base when they are attached: a folder with one holds the rest only, and
+# peft would compute the change again, not to the same bits.
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 README = f"""# An adapter of an RWKV model
 
 It belongs to the base model that `model.path` names in the `recipe.yaml` beside this folder, and to no other;

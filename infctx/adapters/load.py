@@ -11,6 +11,7 @@ from torch import Tensor
 
 from infctx.adapters.adapter import Adapter
 from infctx.adapters.adapter_folder import (
+    CHANGE_THE_BASE,
     FACTS_FILE,
     PEFT_CONFIG,
     PEFT_TENSORS,
@@ -30,8 +31,6 @@ from infctx.model.finch import Finch
 _PEFT_TYPES = {"LORA": "lora", "MISS": "miss"}
 # What peft knows and nothing here merges, by the key of its config.
 _FOREIGN_PARTS = ("modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication", "lora_bias")
-# peft would compute these again from the base, and not to the same bits.
-_BEGUN_FROM_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 def load_adapter(model: Finch, folder: str | Path, *, base_fingerprint: str | None) -> Adapter:
@@ -98,7 +97,7 @@ def _peft_kind(folder: Path, content: Mapping[str, object]) -> str:
     if content.get("bias", "none") != "none":
         raise CheckpointError(f"{path}: bias {content['bias']}: the model's matrices have no biases; expected none.")
     init = str(content.get("init_lora_weights", "")).lower()
-    if init.startswith(_BEGUN_FROM_THE_BASE):
+    if init.startswith(CHANGE_THE_BASE):
         raise CheckpointError(
             f"{path}: init_lora_weights {init}: the adapter belongs to a base that was changed when it began. Let peft "
             "write it as a plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)."

@@ -115,6 +115,7 @@ def test_tensors_that_are_missing_or_too_many_are_named_with_the_nearest(
         ({"modules_to_save": ["head"]}, r"modules_to_save \['head'\]: infctx does not read"),
         ({"bias": "all"}, r"bias all: .* expected none"),
         ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights pissa_niter_4: .* plain LoRA"),
+        ({"init_lora_weights": "lora_ga"}, r"init_lora_weights lora_ga: .* plain LoRA"),
         ({"target_modules": ["attention.key"]}, r"adapter_config\.json: does not fit the model: .*attention\.key"),
     ],
 )

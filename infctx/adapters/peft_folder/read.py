@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from infctx.adapters.adapter_folder import CHANGE_THE_BASE
 from infctx.adapters.model_changes import ModelChanges
 from infctx.adapters.peft_folder.contents import PREFIX, PeftFolder, our_matrix
 from infctx.adapters.weight_updates import LowRank, SharedRows, TileProduct, Update, check_numbers
@@ -46,8 +47,6 @@ _UNDERSTOOD = {
     *("mini_r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights"),
     *("lora_dropout", "megatron_core", "loftq_config", "eva_config", "qalora_group_size", "runtime_config"),
 }
-# These change the base when they are attached; a folder of the same name holds the rest only.
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def from_peft(folder: PeftFolder, *, file: str, base_fingerprint: str | None = None) -> ModelChanges:
@@ -91,7 +90,7 @@ def _check_settings(config: Mapping[str, Any], *, file: str) -> None:
                 "LoRA, rsLoRA, DoRA or MiSS. Merge it with peft, and give the merged model."
             )
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
+    if isinstance(start, str) and start.lower().startswith(CHANGE_THE_BASE):
         raise CheckpointError(
             f"{file}: adapter_config.json: init_lora_weights {start!r} changes the base, and this folder holds the "
             "rest only. Save it as a plain LoRA (peft: save_pretrained with path_initial_model_for_weight_conversion)."
