@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -18,7 +18,7 @@ Written by `infctx recipe-schema --markdown`; without that option, the command g
 is a YAML file of these sections, and keys can be set behind a command, as `optimizer.lr=1e-5`. A key without a default
 has to be given. A key that is unknown, or that would have no effect beside the others, is an error.
 """
-_NAMES = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+_NAMES = {bool: "true or false", int: "whole number", float: "number", str: "text", JsonValue: "any value"}
 _NESTED: list[tuple[str, type[BaseModel], type[BaseModel] | None]] = [
     ("data.template, of one's own", TemplateSection, None),
     ("data.template.pieces", PieceSection, None),

@@ -3,14 +3,15 @@
 This file knows neither torch nor the disk: whatever needs a file or a device to be decided stays `auto` here.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from infctx.recipe.adapter_section import AdapterSection
 from infctx.recipe.data_section import DataSection
-from infctx.recipe.fields import Count, FewCount, Number, Section, Text, refuse
+from infctx.recipe.fields import Count, Section, Text, refuse
 from infctx.recipe.optimizer_section import OptimizerSection
+from infctx.recipe.run_section import SHARDING, RunSection
 
 # Adapters that compute with a base matrix only as a function, and never read or change its values.
 _ON_A_QUANTIZED_BASE = ("lora", "rslora", "state")
@@ -58,48 +59,6 @@ class KernelSection(Section):
     backend: Text = Field(default="auto", description="Backend by name; auto: the fastest that can run here.")
 
 
-class RunSection(Section):
-    """Where a run writes, how long it lasts and what it runs on."""
-
-    folder: Text = Field(description="Run folder; started again in it, the run continues.")
-    steps: Count | None = Field(default=None, description="Optimizer steps in all; give either this or epochs.")
-    epochs: FewCount | None = Field(default=None, description="Passes over the documents; give either this or steps.")
-    rows: FewCount = Field(default=1, description="Rows (sequences with a state of their own) at once on each device.")
-    accumulate: FewCount = Field(default=1, description="Groups of rows whose gradients are added up before a step.")
-    devices: Count | Literal["auto"] = Field(
-        default="auto", description="Devices to use; auto: every GPU here, else the CPU."
-    )
-    strategy: Literal["auto", "single"] = Field(default="auto", description="How the work is spread over devices.")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="Compute precision; bf16 keeps trained weights and states in fp32."
-    )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        default=0, description="Seed of the order of documents, of new weights, of dropout and of noise."
-    )
-    checkpoint_every: Count | None = Field(
-        default=None, description="Steps between checkpoints; null: one at the end only."
-    )
-    checkpoint_minutes: Annotated[Number, Field(gt=0)] | None = Field(
-        default=30.0,
-        description="Minutes after which a checkpoint is written all the same, also inside a step; null: never.",
-    )
-    validate_every: Count | None = Field(
-        default=None, description="Steps between validations; null: before the first and after the last step only."
-    )
-    keep_checkpoints: Count = Field(default=2, description="Checkpoints kept; older ones are deleted.")
-    max_nonfinite_steps: Count = Field(
-        default=10, description="Steps in a row that may be left out for an infinite or NaN gradient before it stops."
-    )
-
-    @model_validator(mode="after")
-    def _one_end(self) -> Self:
-        if self.steps is None and self.epochs is None:
-            refuse([("run.steps", "missing: a run needs exactly one of run.steps and run.epochs")])
-        if self.steps is not None and self.epochs is not None:
-            refuse([("run.epochs", "cannot stand beside run.steps; keep one of the two")])
-        return self
-
-
 class Recipe(Section):
     """A fine-tuning run, as its author meant it."""
 
@@ -138,8 +97,45 @@ class Recipe(Section):
                     "means nothing in stream mode, where rows have no ends; remove it or set data.mode: document",
                 )
             )
-        refuse(problems)
+        refuse(problems + self._strategy_problems())
         return self
+
+    def _strategy_problems(self) -> list[tuple[str, str]]:
+        """What the way the run is spread over devices cannot do."""
+        strategy, problems = self.run.strategy, []
+        if self.bptt.chunk_tokens < self.run.time_parallel:
+            problems.append(
+                (
+                    "bptt.chunk_tokens",
+                    f"expected at least one token for each of run.time_parallel = {self.run.time_parallel} devices, "
+                    f"got {self.bptt.chunk_tokens}",
+                )
+            )
+        if self.model.quantize != "none" and strategy in SHARDING:
+            problems.append(
+                (
+                    "model.quantize",
+                    f"codes cannot be divided among devices; with {self.model.quantize} use run.strategy: ddp, "
+                    "deepspeed_1 or deepspeed_2",
+                )
+            )
+        if self.optimizer.name != "adamw" and strategy not in ("auto", "single", "ddp"):
+            problems.append(
+                (
+                    "optimizer.name",
+                    f"{self.optimizer.name} has no form for run.strategy {strategy}, which divides the optimizer's "
+                    "state; set adamw, with run.offload where there is no room for it",
+                )
+            )
+        if self.optimizer.ema_decay is not None and strategy.startswith("deepspeed"):
+            problems.append(
+                (
+                    "optimizer.ema_decay",
+                    f"averages cannot be kept of weights that run.strategy {strategy} updates; set fsdp or ddp, or "
+                    "remove it",
+                )
+            )
+        return problems
 
     def _resolved_mode(self) -> Literal["stream", "document"]:
         if self.data.mode != "auto":

@@ -46,6 +46,8 @@ class FabricEngine:
         available = torch.cuda.device_count()
         if devices not in ("auto", 1):
             raise RecipeError(f"run.devices: expected 1 or auto, got {devices}: this version trains on one device.")
+        if strategy not in ("auto", "single"):
+            raise RecipeError(f"run.strategy: expected single or auto, got {strategy}: this version knows no other.")
         accelerator = "cuda" if available else "cpu"
         self.precision: Precision = _choose_precision(precision, on_cuda=bool(available))
         with _quiet():

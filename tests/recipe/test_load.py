@@ -373,4 +373,6 @@ def test_json_schema_is_plain_json_and_closed() -> None:
     assert schema["additionalProperties"] is False
     assert set(schema["required"]) == {"model", "data", "optimizer", "run"}
     assert schema["$defs"]["OptimizerSection"]["properties"]["lr"]["description"]
-    assert all(section["additionalProperties"] is False for section in schema["$defs"].values())
+    # JsonValue stands for what is handed to another program as it is.
+    sections = {name: section for name, section in schema["$defs"].items() if name != "JsonValue"}
+    assert all(section["additionalProperties"] is False for section in sections.values())

@@ -116,7 +116,12 @@ def test_defaults() -> None:
         "rows": 1,
         "accumulate": 1,
         "devices": "auto",
+        "num_nodes": 1,
         "strategy": "auto",
+        "offload": "none",
+        "deepspeed": {},
+        "time_parallel": 1,
+        "hang_seconds": 1800.0,
         "precision": "auto",
         "seed": 0,
         "checkpoint_every": None,
@@ -206,7 +211,20 @@ def test_every_key_is_described() -> None:
         ("run", {"rows": 0}),
         ("run", {"devices": 0}),
         ("run", {"devices": "all"}),
-        ("run", {"strategy": "ddp"}),
+        ("run", {"strategy": "fsdp2"}),
+        ("run", {"strategy": "single", "devices": 2}),
+        ("run", {"strategy": "single", "num_nodes": 2}),
+        ("run", {"num_nodes": 0}),
+        ("run", {"offload": "optimizer"}),
+        ("run", {"strategy": "ddp", "offload": "all"}),
+        ("run", {"strategy": "fsdp", "offload": "optimizer"}),
+        ("run", {"strategy": "deepspeed_2", "offload": "all"}),
+        ("run", {"deepspeed": {"aio": {}}}),
+        ("run", {"strategy": "deepspeed_1", "deepspeed": {"zero_optimization": {"stage": 3}}}),
+        ("run", {"strategy": "deepspeed_1", "deepspeed": {"gradient_clipping": 1.0}}),
+        ("run", {"devices": 4, "time_parallel": 3}),
+        ("run", {"devices": 2, "num_nodes": 3, "time_parallel": 4}),
+        ("run", {"hang_seconds": 1}),
         ("run", {"precision": "fp16"}),
         ("run", {"seed": -1}),
         ("run", {"seed": 2**63}),
@@ -271,6 +289,28 @@ def test_a_stream_has_no_document_window() -> None:
     with pytest.raises(ValidationError, match="without an end"):
         make(data={"mode": "stream"})
     assert make(data={"mode": "stream"}, bptt={"window": 4}).resolved().data.mode == "stream"
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"bptt": {"chunk_tokens": 3}, "run": {"devices": 4, "time_parallel": 4}}, r"bptt\.chunk_tokens.*got 3"),
+        ({"adapter": {"kind": "lora"}, "model": {"quantize": "int8"}, "run": {"strategy": "fsdp"}}, r"model\.quantize"),
+        ({"optimizer": {"name": "adamw-8bit"}, "run": {"strategy": "deepspeed_1"}}, r"optimizer\.name.*adamw-8bit"),
+        ({"optimizer": {"ema_decay": 0.9}, "run": {"strategy": "deepspeed_2"}}, r"optimizer\.ema_decay"),
+    ],
+)
+def test_what_a_strategy_cannot_do(sections: dict[str, dict[str, Any]], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        make(**sections)
+
+
+def test_what_strategies_can_do() -> None:
+    make(adapter={"kind": "lora"}, model={"path": "m.pth", "quantize": "int8"}, run={"strategy": "deepspeed_2"})
+    make(optimizer={"ema_decay": 0.9}, run={"strategy": "fsdp", "offload": "all"})
+    make(bptt={"chunk_tokens": 4}, run={"devices": 2, "num_nodes": 4, "time_parallel": 4})
+    nvme = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}, "aio": {"queue": 8}}
+    assert make(run={"strategy": "deepspeed_3", "offload": "optimizer", "deepspeed": nvme}).run.deepspeed == nvme
 
 
 def test_packing_is_for_documents() -> None:
