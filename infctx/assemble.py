@@ -31,14 +31,13 @@ from infctx.training.activation_memory import should_recompute
 from infctx.training.averaged_weights import AveragedWeights
 from infctx.training.boundary_store import BoundaryPlan, choose_store, free_bytes, free_host_bytes, state_bytes
 from infctx.training.bptt import ChunkObjective
-from infctx.training.fabric_run import FabricEngine
+from infctx.training.fabric_run import FabricEngine, open_engine
 from infctx.training.gradient_check import GradientCheck, check_gradient
 from infctx.training.host_memory import HeapTrimmer
 from infctx.training.loop import train
 from infctx.training.loss import LossTerms
 from infctx.training.metrics import MetricsLog
 from infctx.training.optim import LearningRate, make_optimizer, moment_bytes, parameter_groups
-from infctx.training.precision import apply_precision_
 from infctx.training.progress import LoggedProgress, Progress
 from infctx.training.run import LoopSettings, Run
 from infctx_kernels import BackendError, choose_backend
@@ -137,7 +136,7 @@ def check_recipe(
     lines = _headline(recipe, parts)
     if not with_gradient:
         return lines, None
-    objective, _ = _set_up(recipe, parts)
+    objective = _set_up(recipe, parts)
     _choose_activations(recipe, parts, objective)
     measured = check_gradient(
         objective,
@@ -158,7 +157,6 @@ class _Parts:
     model_file: ModelFile
     adapter: Adapter
     data: RunData
-    optimizer: torch.optim.Optimizer
     backend: str
     num_base_parameters: int
     base_in_words: str
@@ -176,7 +174,7 @@ def _quietly(say: Say) -> Say:
 
 
 def _open_parts(recipe: Recipe, say: Say) -> _Parts:
-    engine = FabricEngine(devices=recipe.run.devices, strategy=recipe.run.strategy, precision=recipe.run.precision)
+    engine = open_engine(devices=recipe.run.devices, strategy=recipe.run.strategy, precision=recipe.run.precision)
     model_file = read_model_file(recipe.model.path, dtype=None)
     wanted = None if recipe.kernel.backend == "auto" else recipe.kernel.backend
     try:
@@ -192,13 +190,13 @@ def _open_parts(recipe: Recipe, say: Say) -> _Parts:
     start = read_start(recipe.adapter, Path(recipe.run.folder), base_fingerprint=model_file.fingerprint)
     frozen_dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
     adapter = attach_adapter(recipe.adapter, model_file.model, start=start, frozen_dtype=frozen_dtype)
-    apply_precision_(model_file.model, engine.precision)
+    # A rate for a weight that is not there is found before the folder is made.
+    _parameter_groups(recipe, model_file.model)
     return _Parts(
         engine=engine,
         model_file=model_file,
         adapter=adapter,
         data=data,
-        optimizer=_optimizer(recipe, model_file.model, engine.device),
         backend=str(backend),
         num_base_parameters=num_base_parameters,
         base_in_words=base_in_words,
@@ -239,25 +237,31 @@ def _quantize(recipe: Recipe, model: Finch, device: torch.device) -> str:
     )
 
 
-def _set_up(recipe: Recipe, parts: _Parts) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The objective and the optimizer as the engine wraps them."""
+def _set_up(recipe: Recipe, parts: _Parts) -> nn.Module:
+    """The objective as the engine wraps it, which has the optimizer then."""
     model, section = parts.model_file.model, recipe.optimizer
     model.add_embedding_noise(section.embedding_noise, chunk_tokens=recipe.bptt.chunk_tokens)
     terms = LossTerms(l2_wrap=section.l2_wrap, z_loss=section.z_loss, min_token_loss=section.min_token_loss)
-    return parts.engine.setup(ChunkObjective(model, terms=terms), parts.optimizer)
+    return parts.engine.setup(
+        ChunkObjective(model, terms=terms), lambda: _optimizer(recipe, model, parts.engine.device)
+    )
 
 
-def _optimizer(recipe: Recipe, model: Finch, device: torch.device) -> torch.optim.Optimizer:
+def _parameter_groups(recipe: Recipe, model: Finch) -> list[dict[str, Any]]:
     section = recipe.optimizer
-    groups = parameter_groups(
+    return parameter_groups(
         model.named_parameters(),
         weight_decay=section.weight_decay,
         decay_lr_multiplier=section.decay_lr_multiplier,
         lr_multipliers=section.lr_multipliers,
         state_lr_multiplier=None if section.state_lr is None else section.state_lr / section.lr,
     )
+
+
+def _optimizer(recipe: Recipe, model: Finch, device: torch.device) -> torch.optim.Optimizer:
+    section = recipe.optimizer
     return make_optimizer(
-        groups,
+        _parameter_groups(recipe, model),
         name=section.name,
         lr=section.lr,
         betas=section.betas,
@@ -269,7 +273,7 @@ def _optimizer(recipe: Recipe, model: Finch, device: torch.device) -> torch.opti
 
 def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
     model, optimizer_section = parts.model_file.model, recipe.optimizer
-    objective, optimizer = _set_up(recipe, parts)
+    objective = _set_up(recipe, parts)
     # Once the weights are on their device, and before the memory that is left there is asked for.
     decay = optimizer_section.ema_decay
     averaged = None if decay is None else AveragedWeights(model, decay=decay)
@@ -280,8 +284,7 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
         folder=folder,
         model=model,
         objective=objective,
-        optimizer=optimizer,
-        backward=parts.engine.backward,
+        engine=parts.engine,
         device=parts.engine.device,
         source=source,
         validation=parts.data.validation or (),

@@ -10,7 +10,12 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class InfctxError(Exception):
-    """Something the user can put right. The command line prints the message without a traceback and exits with 2."""
+    """Something the user can put right. The command line prints the message without a traceback and exits with 2.
+
+    is_told: another process of the same run prints it.
+    """
+
+    is_told = False
 
 
 class RecipeError(InfctxError):
@@ -26,7 +31,12 @@ class CheckpointError(InfctxError):
 
 
 class MachineError(Exception):
-    """The machine could not do what was asked: a full disk, no memory. The command line exits with 4."""
+    """The machine could not do what was asked: a full disk, no memory. The command line exits with 4.
+
+    is_told: another process of the same run prints it.
+    """
+
+    is_told = False
 
 
 def machine_fault(error: BaseException) -> str | None:

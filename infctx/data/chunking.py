@@ -148,6 +148,9 @@ class RowChunks(CutWhenAsked):
         chunk_tokens: tokens in a chunk; the last may be shorter.
         piece_tokens: a chunk is given in pieces of at most so many tokens; chunk_tokens = whole.
         num_sets: that documents may come from; with more than one the chunks tell the sets.
+        peers: rows that other ranks run at the same time. What a chunk has, a loss or a document's start, it has on all
+            ranks or on none, so that all of them do the same with it.
+        part: of every chunk, which of how many parts this rank computes; (0, 1) = all of it.
     """
 
     rows: Sequence[RowSlice]
@@ -155,6 +158,8 @@ class RowChunks(CutWhenAsked):
     chunk_tokens: int
     piece_tokens: int
     num_sets: int = 1
+    peers: Sequence[RowSlice] = ()
+    part: tuple[int, int] = (0, 1)
 
     @property
     def pieces_per_chunk(self) -> int:
@@ -170,7 +175,8 @@ class RowChunks(CutWhenAsked):
         chunk, piece = divmod(index, self.pieces_per_chunk)
         begin = chunk * self.chunk_tokens + piece * self.piece_tokens
         end = min(begin + self.piece_tokens, (chunk + 1) * self.chunk_tokens, self.num_tokens)
-        return _cut(self.rows, begin, end, index=index, num_sets=self.num_sets)
+        chunk = _cut(self.rows, begin, end, index=index, num_sets=self.num_sets, peers=self.peers)
+        return chunk if self.part == (0, 1) else chunk.slice_of(*self.part)
 
 
 def join_pieces(pieces: Iterable[tuple[Document, int]], *, num_tokens: int) -> RowSlice:
@@ -216,12 +222,21 @@ def join_pieces(pieces: Iterable[tuple[Document, int]], *, num_tokens: int) -> R
     )
 
 
-def chunk_rows(rows: Sequence[RowSlice], *, chunk_tokens: int, min_tokens: int = 0, num_sets: int = 1) -> ChunkSequence:
+def chunk_rows(
+    rows: Sequence[RowSlice],
+    *,
+    chunk_tokens: int,
+    min_tokens: int = 0,
+    num_sets: int = 1,
+    peers: Sequence[RowSlice] = (),
+    part: tuple[int, int] = (0, 1),
+) -> ChunkSequence:
     """Pad the rows on the right to one length and cut them every `chunk_tokens` tokens; the last chunk may be shorter.
 
     Args:
         min_tokens: pad to at least this length, so that groups on other ranks get the same number of chunks.
         num_sets: that documents may come from; with more than one the chunks tell the sets.
+        peers, part: see `RowChunks`. A chunk has a token for each part; the last is padded to that.
     """
     assert rows, "a group has no rows"
     assert chunk_tokens >= 1, f"chunk_tokens={chunk_tokens}"
@@ -229,9 +244,16 @@ def chunk_rows(rows: Sequence[RowSlice], *, chunk_tokens: int, min_tokens: int =
         last = max((int(row.sets.max(initial=0)) for row in rows if row.sets is not None), default=0)
         assert last < num_sets, f"a document of set {last} in a mixture of {num_sets}"
     length = max(min_tokens, *(len(row) for row in rows))
+    length += max(0, part[1] - (length % chunk_tokens or chunk_tokens))
     return ChunkSequence(
         chunks=RowChunks(
-            rows=rows, num_tokens=length, chunk_tokens=chunk_tokens, piece_tokens=chunk_tokens, num_sets=num_sets
+            rows=rows,
+            num_tokens=length,
+            chunk_tokens=chunk_tokens,
+            piece_tokens=chunk_tokens,
+            num_sets=num_sets,
+            peers=peers,
+            part=part,
         ),
         weight_total=sum(row.weight_total for row in rows),
         num_tokens=sum(len(row) for row in rows),
@@ -239,7 +261,9 @@ def chunk_rows(rows: Sequence[RowSlice], *, chunk_tokens: int, min_tokens: int =
     )
 
 
-def _cut(rows: Sequence[RowSlice], begin: int, end: int, *, index: int, num_sets: int) -> Chunk:
+def _cut(
+    rows: Sequence[RowSlice], begin: int, end: int, *, index: int, num_sets: int, peers: Sequence[RowSlice]
+) -> Chunk:
     shape = (len(rows), end - begin)
     tokens, targets = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     weights, starts = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.bool_)
@@ -256,22 +280,43 @@ def _cut(rows: Sequence[RowSlice], begin: int, end: int, *, index: int, num_sets
         tokens=torch.from_numpy(tokens),
         targets=torch.from_numpy(targets),
         loss_weight=torch.from_numpy(weights),
-        starts=torch.from_numpy(starts) if starts.any() else None,
+        starts=torch.from_numpy(starts) if starts.any() or any(row.starts[begin:end].any() for row in peers) else None,
         index=index,
-        has_loss=bool(weights.any()),
+        has_loss=bool(weights.any() or any(row.weights[begin:end].any() for row in peers)),
         sets=torch.from_numpy(sets) if sets is not None else None,
         num_sets=num_sets,
     )
 
 
 def validation_batches(
-    documents: Sequence[Document], *, rows: int, chunk_tokens: int, num_sets: int = 1
+    documents: Sequence[Document],
+    *,
+    rows: int,
+    chunk_tokens: int,
+    num_sets: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[ChunkSequence]:
-    """Give every document whole and from a fresh state, `rows` at a time, shortest first so that little is padded."""
+    """Give every document whole and from a fresh state, `rows` at a time, shortest first so that little is padded.
+
+    Args:
+        rank, world: every rank gets as many batches of as many chunks, each with documents of its own; where there are
+            none left, rows of padding.
+        part: see `RowChunks`.
+    """
     lengths = documents.lengths.tolist() if isinstance(documents, DocumentSet) else [len(one) for one in documents]
     by_length = sorted(range(len(documents)), key=lengths.__getitem__)
-    for begin in range(0, len(by_length), rows):
+    for begin in range(0, len(by_length), rows * world):
         # One group of documents at a time: all of them may be more than fits the memory.
-        group = [documents[place] for place in by_length[begin : begin + rows]]
+        group = [documents[place] for place in by_length[begin : begin + rows * world]]
         slices = [join_pieces([(document, 0)], num_tokens=len(document)) for document in group]
-        yield chunk_rows(slices, chunk_tokens=chunk_tokens, num_sets=num_sets)
+        mine = slices[rank * rows : (rank + 1) * rows] or [join_pieces([], num_tokens=0)]
+        yield chunk_rows(
+            mine,
+            chunk_tokens=chunk_tokens,
+            min_tokens=max(map(len, slices)),
+            num_sets=num_sets,
+            peers=slices if world > 1 else (),
+            part=part,
+        )

@@ -74,6 +74,7 @@ class StepSource(ABC):
         world: int,
         order: DocumentOrder | None = None,
         token_dropout: float = 0.0,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         if (epochs is None) == (steps is None):
             raise DataError(f"expected exactly one of run.steps and run.epochs, got steps={steps}, epochs={epochs}.")
@@ -90,7 +91,7 @@ class StepSource(ABC):
         self._num_rows = rows * accumulate * world
         self._chunk_tokens = chunk_tokens
         self._seed, self._epochs, self._steps = seed, epochs, steps
-        self._token_dropout = token_dropout
+        self._token_dropout, self._part = token_dropout, part
         self._step = 0
         # The next document: its epoch, and its place in that epoch's permutation.
         self._epoch, self._position = 0, 0
@@ -138,9 +139,10 @@ class StepSource(ABC):
             firsts = [(rank * self._accumulate + group) * self._rows for rank in range(self._world)]
             longest = max(len(row) for first in firsts for row in slices[first : first + self._rows])
             mine = slices[firsts[self._rank] : firsts[self._rank] + self._rows]
+            others = [row for first in firsts for row in slices[first : first + self._rows]] if self._world > 1 else []
             # One token of padding where no rank has anything left: a group without a chunk would be a special case.
             sizes = {"chunk_tokens": self._chunk_tokens, "min_tokens": max(longest, 1), "num_sets": self._num_sets}
-            groups.append(chunk_rows(mine, **sizes))
+            groups.append(chunk_rows(mine, **sizes, peers=others, part=self._part))
         weight_total, num_tokens = sum(row.weight_total for row in slices), sum(len(row) for row in slices)
         of_sets = [(num_tokens, weight_total)]
         if self._num_sets > 1:

@@ -24,6 +24,7 @@ class StreamSource(StepSource):
         order: of the documents; by default a permutation for each epoch.
         epochs, steps: the end, exactly one. With epochs, rows that run out first are padded and nothing is dropped.
         token_dropout: probability that a target is left out of its step, see `drop_targets`.
+        part: of every chunk, which of how many parts this rank computes.
     """
 
     kind = "stream"
@@ -44,6 +45,7 @@ class StreamSource(StepSource):
         world: int = 1,
         order: DocumentOrder | None = None,
         token_dropout: float = 0.0,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         super().__init__(
             documents,
@@ -57,6 +59,7 @@ class StreamSource(StepSource):
             world=world,
             order=order,
             token_dropout=token_dropout,
+            part=part,
         )
         assert window >= 1, f"window={window}"
         self._step_tokens = window * chunk_tokens
@@ -142,6 +145,7 @@ class DocumentSource(StepSource):
         epochs, steps: the end, exactly one. The next epoch's documents fill up the last rows of the one before.
         pack_tokens: put consecutive documents into one row while their sum is at most this; None = one a row.
         token_dropout: probability that a target is left out of its step, see `drop_targets`.
+        part: of every chunk, which of how many parts this rank computes.
     """
 
     kind = "document"
@@ -163,6 +167,7 @@ class DocumentSource(StepSource):
         order: DocumentOrder | None = None,
         pack_tokens: int | None = None,
         token_dropout: float = 0.0,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         super().__init__(
             documents,
@@ -176,6 +181,7 @@ class DocumentSource(StepSource):
             world=world,
             order=order,
             token_dropout=token_dropout,
+            part=part,
         )
         self._pack_tokens = pack_tokens
         # The step, epoch and place from which steps have had this number of rows.

@@ -15,6 +15,7 @@ The same code serves `backward_through_chunks`, `chunked_step` and the training 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -64,7 +65,23 @@ class ChunkObjective(nn.Module):
         With `sets`, the set of each target, a fifth follows: the part of each set in the sum, float64 [num_sets],
         through which no gradient flows.
         """
-        state = ModelState(wkv, att_shift, ffn_shift)
+        with _compute_dtype(self.model, wkv.device):
+            return self._forward(
+                tokens, targets, loss_weight, starts, ModelState(wkv, att_shift, ffn_shift), with_loss, sets, num_sets
+            )
+
+    def _forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        loss_weight: Tensor,
+        starts: Tensor | None,
+        state: ModelState,
+        with_loss: bool,
+        sets: Tensor | None,
+        num_sets: int,
+    ) -> tuple[Tensor, ...]:
+        wkv = state.wkv
         of_sets = [] if sets is None else [wkv.new_zeros(num_sets, dtype=torch.float64)]
         # With dropout the whole of it runs, so that a chunk draws the same random numbers in both sweeps. Noise on the
         # embeddings is drawn first, and the same either way.
@@ -88,6 +105,16 @@ class ChunkObjective(nn.Module):
             return loss, *state
         loss, token_losses = loss
         return loss, *state, sum_by_set(token_losses, sets.flatten(), num_sets)
+
+
+def _compute_dtype(model: nn.Module, device: torch.device) -> AbstractContextManager[object]:
+    """Matrix products in bf16 where the model computes so, whatever its weights are stored in.
+
+    Entered inside of what an engine wraps: DeepSpeed switches off what is entered outside.
+    """
+    if model.compute_dtype != torch.bfloat16:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 class ChunkedResult(NamedTuple):
@@ -114,6 +141,7 @@ def backward_through_windows(
     keeps_random_state: bool = False,
     boundaries: BoundaryPlan = BoundaryPlan(),  # noqa: B008 (frozen)
     before_chunk: Callable[[Callable[[], WindowsPlace]], None] | None = None,
+    expect: Callable[[bool], None] | None = None,
 ) -> ChunkedResult:
     """Add the gradient of loss sum / weight_total to every trainable parameter's .grad.
 
@@ -128,11 +156,15 @@ def backward_through_windows(
         keeps_random_state: replay the random numbers of sweep 1 in sweep 2 (needed where `draws_random_numbers`).
         boundaries: where the states between the chunks of a window are kept.
         before_chunk: called before every chunk of either sweep with a function that tells the place; may raise.
+        expect: of an engine of many ranks: called before the forward pass of every chunk in sweep 2, with whether that
+            is the last. The last then reaches every trained parameter, with a gradient of 0 if need be: on some engines
+            a parameter that the last backward pass misses would silently keep the gradient of this rank alone.
     """
     length = len(chunks) if window == "document" else min(window, len(chunks))
-    return _Walk(objective, chunks, length, weight_total, backward, keeps_random_state, boundaries, before_chunk).run(
-        start
+    walk = _Walk(
+        objective, chunks, length, weight_total, backward, keeps_random_state, boundaries, before_chunk, expect
     )
+    return walk.run(start)
 
 
 class _Walk:
@@ -148,11 +180,12 @@ class _Walk:
         keeps_random_state: bool,
         plan: BoundaryPlan,
         before_chunk: Callable[[Callable[[], WindowsPlace]], None] | None,
+        expect: Callable[[bool], None] | None,
     ) -> None:
         self._objective, self._chunks, self._length = objective, chunks, length
         self._weight_total, self._backward, self._plan = weight_total, backward, plan
         self._keeps_random_state = keeps_random_state
-        self._before_chunk = before_chunk
+        self._before_chunk, self._expect = before_chunk, expect
 
     def run(self, start: ModelState | WindowsPlace) -> ChunkedResult:
         if isinstance(start, ModelState):
@@ -250,8 +283,13 @@ class _Walk:
             self._pause()
             before = self._bank.take(self._next)
             leaves = [tensor.detach().requires_grad_() for tensor in before]
+            is_last = self._next == 0 and self._first + self._length >= len(self._chunks)
+            if self._expect is not None:
+                self._expect(is_last)
             with replayed(self._replay, self._next):
-                chunk_loss, after, set_losses = self._call(self._next, leaves, with_loss=True)
+                chunk = self._chunks[self._first + self._next]
+                reaches_all = is_last and self._expect is not None
+                chunk_loss, after, set_losses = run_chunk(self._objective, chunk, leaves, reaches_all=reaches_all)
             self._compare(after)
             scalar = chunk_loss / self._weight_total
             if self._adjoint is None:
@@ -285,14 +323,11 @@ class _Walk:
         self._pause()
         if self._replay is not None:
             self._replay.enter(index)
-        return self._call(index, state, with_loss=False).state
+        return run_chunk(self._objective, self._chunks[self._first + index], state, with_loss=False).state
 
     def _pause(self) -> None:
         if self._before_chunk is not None:
             self._before_chunk(self.place)
-
-    def _call(self, index: int, state: Sequence[Tensor], *, with_loss: bool) -> ChunkOutputs:
-        return run_chunk(self._objective, self._chunks[self._first + index], state, with_loss=with_loss)
 
 
 @torch.no_grad()
@@ -316,13 +351,25 @@ class ChunkOutputs(NamedTuple):
 
 
 def run_chunk(
-    objective: Callable[..., tuple[Tensor, ...]], chunk: Chunk, state: Sequence[Tensor], *, with_loss: bool = True
+    objective: Callable[..., tuple[Tensor, ...]],
+    chunk: Chunk,
+    state: Sequence[Tensor],
+    *,
+    with_loss: bool = True,
+    reaches_all: bool = False,
 ) -> ChunkOutputs:
-    """Call the objective with a chunk, on the device of the state."""
+    """Call the objective with a chunk, on the device of the state.
+
+    Args:
+        reaches_all: leave nothing out, also where all of it is 0: the head, and the initial state of documents.
+    """
     chunk = chunk.to(state[0].device)
-    inputs = (chunk.tokens, chunk.targets, chunk.loss_weight, chunk.starts, *state)
+    starts = chunk.starts
+    if reaches_all and starts is None:
+        starts = torch.zeros_like(chunk.tokens, dtype=torch.bool)
+    inputs = (chunk.tokens, chunk.targets, chunk.loss_weight, starts, *state)
     tells_sets = with_loss and chunk.sets is not None
-    with_loss = with_loss and chunk.has_loss
+    with_loss = with_loss and (chunk.has_loss or reaches_all)
     if not tells_sets:
         loss, *after = objective(*inputs, with_loss=with_loss)
         return ChunkOutputs(loss, ModelState(*after), None)

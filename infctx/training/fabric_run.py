@@ -1,79 +1,264 @@
-"""The only file that knows Lightning Fabric: devices, precision, backward.
+"""The only file that knows Lightning Fabric: devices, processes, strategies.
 
 Fabric's own precision plugins cast every floating input of the wrapped call to the compute dtype. That would round the
-recurrent state at every chunk border, and nobody would see it: the plugin here leaves inputs and outputs alone.
+recurrent state at every chunk border, and nobody would see it: the plugin here leaves inputs and outputs alone, and
+`ChunkObjective` enters autocast itself.
+
+A step has many backward passes and one update. Every engine takes the mean of the ranks' gradients, and each one has
+its own way of being told which backward pass is the last; where it is not told, gradients are wrong without a word.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from infctx.errors import RecipeError
-from infctx.training.precision import Precision
+from infctx.training.bptt import ChunkObjective
+from infctx.training.engine import Part, WholeWeights
+from infctx.training.precision import Precision, apply_precision_, cast_parameters_
+from infctx.training.ranks import ALONE, connect
 
 # Importing Lightning takes seconds, and it warns about things its users cannot change.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from lightning.fabric import Fabric
     from lightning.fabric.plugins import Precision as FabricPrecision
-    from lightning.fabric.plugins.environments import LightningEnvironment
+    from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+    from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+
+MakeOptimizer = Callable[[], torch.optim.Optimizer]
 
 
 class StatePreservingPrecision(FabricPrecision):
-    """Autocast around the forward in bf16; tensors that go in or come out are never cast."""
+    """Tensors that go in or come out are never cast."""
 
-    def __init__(self, precision: Precision, device_type: str) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.precision = "32-true" if precision == "fp32" else "bf16-mixed"
-        self._device_type = device_type
-
-    def forward_context(self) -> AbstractContextManager[None]:
-        """Matrix products in bf16, whatever their weights are stored in."""
-        if self.precision == "32-true":
-            return nullcontext()
-        return torch.autocast(self._device_type, dtype=torch.bfloat16)
+        self.precision = "32-true"
 
 
-class FabricEngine:
-    """One process on one device. `device` and `precision` say what was chosen where the recipe says auto."""
+class FabricEngine(WholeWeights):
+    """One process on one device, and what engines of many processes share.
 
-    def __init__(self, *, devices: int | str, strategy: str, precision: str) -> None:
-        available = torch.cuda.device_count()
-        if devices not in ("auto", 1):
-            raise RecipeError(f"run.devices: expected 1 or auto, got {devices}: this version trains on one device.")
-        if strategy not in ("auto", "single"):
-            raise RecipeError(f"run.strategy: expected single or auto, got {strategy}: this version knows no other.")
-        accelerator = "cuda" if available else "cpu"
-        self.precision: Precision = _choose_precision(precision, on_cuda=bool(available))
-        with _quiet():
-            self._fabric = Fabric(
-                accelerator=accelerator,
-                devices=1,
-                strategy="auto",
-                # One process, whatever a scheduler's variables in the environment say of others.
-                plugins=[StatePreservingPrecision(self.precision, accelerator), LightningEnvironment()],
-            )
-            self._fabric.launch()
-        self.strategy = "single" if strategy == "auto" else strategy
+    `precision`, `strategy` and `num_devices` (of this machine) say what was chosen where the recipe says auto.
+    """
+
+    def __init__(self, fabric: Fabric, **settings: Any) -> None:
+        self._fabric = fabric
+        self.precision: Precision = settings["precision"]
+        self.strategy: str = settings["strategy"]
+        self.num_devices: int = settings["num_devices"]
+        self.ranks = settings["ranks"]
+        self._offload: str = settings["offload"]
 
     @property
     def device(self) -> torch.device:
-        """Where the model and the chunks go."""
+        """Where the chunks go, and the model while it computes."""
         return self._fabric.device
 
-    def setup(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Wrap what is called for each chunk, and the optimizer; call the wrapped objects only."""
+    def setup(self, objective: ChunkObjective, make_optimizer: MakeOptimizer) -> nn.Module:
+        """Give weights their dtype and their place, then make the optimizer; call only what is returned."""
+        self._model = objective.model
         with _quiet():
-            return self._fabric.setup(objective, optimizer)
+            wrapped = self._wrap(objective)
+        self.optimizer = make_optimizer()
+        return wrapped
 
     def backward(self, scalar: Tensor) -> None:
-        """Backward of one chunk's objective."""
+        """Backward pass of one chunk's objective."""
         self._fabric.backward(scalar)
+
+    def _wrap(self, objective: ChunkObjective) -> nn.Module:
+        apply_precision_(objective.model, self.precision)
+        return self._fabric.setup_module(objective)
+
+
+class DdpEngine(FabricEngine):
+    """All weights in every process. Gradients pile up in each, and are exchanged in the last backward pass."""
+
+    def expect(self, *, is_last: bool) -> None:
+        """Exchange gradients in the last backward pass only."""
+        self._ddp.require_backward_grad_sync = is_last
+
+    def _wrap(self, objective: ChunkObjective) -> nn.Module:
+        wrapped = super()._wrap(objective)
+        self._ddp = wrapped._forward_module
+        return wrapped
+
+
+class FsdpEngine(FabricEngine):
+    """FSDP2: a part of every weight in each process, whole only while its block computes.
+
+    Gradients are exchanged in every backward pass, so that no process holds a whole one longer than a block takes.
+    """
+
+    def whole(self, part: Part, *, is_wanted: bool = True) -> Tensor | None:
+        """All of a tensor, on the host; collected from all ranks."""
+        whole = part.full_tensor() if isinstance(part, torch.distributed.tensor.DTensor) else part
+        return super().whole(whole, is_wanted=is_wanted)
+
+    def load(self, trained: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Put this rank's parts of whole tensors in place."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        parts = {}
+        for place, tensor in optimizer.items():
+            parameter = parameters[int(place.split(".", 1)[0])]
+            parts[place] = _part_of(parameter, tensor) if tensor.shape == parameter.shape else tensor
+        super().load(trained, parts, numbers)
+        for module in self._fsdp_modules():
+            # What a forward pass has left collected would be computed with once more.
+            module.reshard()
+
+    def _put(self, part: Part, tensor: Tensor) -> None:
+        super()._put(part, _part_of(part, tensor))
+
+    def _fsdp_modules(self) -> Iterator[nn.Module]:
+        return (module for module in self._objective.modules() if hasattr(module, "set_requires_gradient_sync"))
+
+    def _wrap(self, objective: ChunkObjective) -> nn.Module:
+        self._objective = objective
+        return self._fabric.setup_module(objective)
+
+    def shard(self, objective: ChunkObjective, mesh: Any) -> nn.Module:
+        """Divide one block after the other, so that never more than one is in memory in the dtype of training."""
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+
+        pins = self.device.type == "cuda"
+        policy = CPUOffloadPolicy(pin_memory=pins) if self._offload == "all" else OffloadPolicy()
+        mesh = mesh["data_parallel"]
+        for block in objective.model.blocks:
+            cast_parameters_(block, self.precision)
+            fully_shard(block, mesh=mesh, offload_policy=policy)
+            register_fsdp_forward_method(block, "advance")
+        apply_precision_(objective.model, self.precision)
+        return fully_shard(objective, mesh=mesh, offload_policy=policy)
+
+
+def _part_of(parameter: Tensor, whole: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, divided as the parameter is; nothing is sent."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(parameter, DTensor):
+        return whole
+    mesh, placements = parameter.device_mesh, parameter.placements
+    part = distribute_tensor(whole.to(parameter.dtype), mesh, placements, src_data_rank=None)
+    return part.to(parameter.device)
+
+
+def open_engine(
+    *,
+    precision: str,
+    devices: int | str = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    time_parallel: int = 1,
+    offload: str = "none",
+    deepspeed: Mapping[str, Any] | None = None,
+    hang_seconds: float = 1800.0,
+) -> FabricEngine:
+    """Find the devices, and meet the other processes of the run where there are any.
+
+    Args: as the keys of a recipe's run section. hang_seconds: after which what another rank does not answer fails.
+    Raises:
+        RecipeError: there are not as many processes, or devices, as the recipe says, or a package is missing.
+    """
+    available = torch.cuda.device_count()
+    accelerator = "cuda" if available else "cpu"
+    num_devices = count_devices(devices)
+    if available and num_devices > available:
+        raise RecipeError(f"run.devices: expected at most the {available} GPUs of this machine, got {num_devices}.")
+    num_ranks = num_devices * num_nodes
+    chosen = strategy if strategy != "auto" else ("single" if num_ranks == 1 else "ddp")
+    settings: dict[str, Any] = {
+        "precision": _choose_precision(precision, on_cuda=bool(available)),
+        "strategy": chosen,
+        "num_devices": num_devices,
+        "offload": offload,
+    }
+    if num_ranks % time_parallel:
+        raise RecipeError(
+            f"run.time_parallel: expected a divisor of run.devices × run.num_nodes = {num_ranks}, got {time_parallel}."
+        )
+    if chosen == "single":
+        # One process, whatever a scheduler's variables in the environment say of others.
+        plugins = [StatePreservingPrecision(), LightningEnvironment()]
+        with _quiet():
+            fabric = Fabric(accelerator=accelerator, devices=1, plugins=plugins)
+            fabric.launch()
+        return FabricEngine(fabric, ranks=ALONE, **settings)
+    environment = _environment(num_devices, num_nodes)
+    timeout = timedelta(seconds=hang_seconds)
+    engines: list[FabricEngine] = []
+    spread = _fabric_strategy(chosen, lambda: engines[0], num_ranks=num_ranks, timeout=timeout, offload=offload)
+    with _quiet():
+        fabric = Fabric(
+            accelerator=accelerator,
+            devices=num_devices,
+            num_nodes=num_nodes,
+            strategy=spread,
+            plugins=[StatePreservingPrecision(), environment],
+        )
+        fabric.launch()
+    ranks = connect(time_parallel=time_parallel, local_rank=fabric.local_rank, local_size=num_devices, timeout=timeout)
+    engines.append(_ENGINES[chosen](fabric, ranks=ranks, **settings))
+    return engines[0]
+
+
+_ENGINES = {"ddp": DdpEngine, "fsdp": FsdpEngine}
+
+
+def count_devices(devices: int | str) -> int:
+    """Processes on this machine."""
+    return max(1, torch.cuda.device_count()) if devices == "auto" else int(devices)
+
+
+def _fabric_strategy(
+    name: str, engine: Callable[[], Any], *, num_ranks: int, timeout: timedelta, offload: str
+) -> Strategy:
+    """Fabric's strategy of this name. engine: known by the time that a model is set up."""
+    if name == "ddp":
+        # Gradients lie in the buckets they are sent from, and buffers never change.
+        return DDPStrategy(timeout=timeout, gradient_as_bucket_view=True, broadcast_buffers=False)
+    # Where weights wait in host memory, so do the parts of the gradient whose norm is taken.
+    backend = "cpu:gloo,cuda:nccl" if offload == "all" and torch.cuda.is_available() else None
+    return ModelParallelStrategy(
+        lambda objective, mesh: engine().shard(objective, mesh),
+        data_parallel_size=num_ranks,
+        tensor_parallel_size=1,
+        process_group_backend=backend,
+        timeout=timeout,
+    )
+
+
+def _environment(num_devices: int, num_nodes: int) -> Any:
+    """Who has started the processes; refuses another number of them than the recipe wants."""
+    for kind in (SLURMEnvironment, TorchElasticEnvironment):
+        if kind.detect():
+            environment = kind()
+            break
+    else:
+        environment = LightningEnvironment()
+    if not environment.creates_processes_externally:
+        raise RecipeError(
+            f"run.devices: {num_devices * num_nodes} processes have to be started, and this one was started alone. Use "
+            "`infctx train`, torchrun or srun."
+        )
+    started = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else environment.world_size()
+    if started != num_devices * num_nodes:
+        raise RecipeError(
+            f"run.devices × run.num_nodes: expected {num_devices} × {num_nodes} = {num_devices * num_nodes} processes, "
+            f"{started} were started. Start as many, or change the two keys."
+        )
+    return environment
 
 
 def _choose_precision(wanted: str, *, on_cuda: bool) -> Precision:
@@ -85,6 +270,12 @@ def _choose_precision(wanted: str, *, on_cuda: bool) -> Precision:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hold back Fabric's advice about devices it was not asked to use."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        yield
+    logger = logging.getLogger("lightning.fabric")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -146,12 +146,12 @@ def _one_step(
     run: Run, done: Done, data: StepData, place: Place, signals: StopSignals, saver: _Saver
 ) -> list[ModelState]:
     """Run a step and note what it did; returns the rows' states for the next one."""
-    rate = run.learning_rate.apply_(run.optimizer, done.step)
+    rate = run.learning_rate.apply_(run.engine.optimizer, done.step)
     num_carried = sum(state.wkv.shape[1] for state in place.row_states) if data.carries_state else 0
     run.model.train()
     gradient, data = _gradient_that_fits(run, done, data, place, signals, saver)
     began = time.perf_counter()
-    report = take_step(gradient, data, optimizer=run.optimizer, clip=run.settings.clip)
+    report = take_step(gradient, data, engine=run.engine, clip=run.settings.clip)
     if run.averaged is not None and report.not_updated is None:
         run.averaged.update_()
     seconds = gradient.seconds + time.perf_counter() - began
@@ -221,19 +221,17 @@ def _gradient_that_fits(
 
     def before_chunk(tell: Callable[[], StepPlace]) -> None:
         run.trimmer.tick()
-        try:
-            signals.raise_if_requested()
-        except StopRequested:
+        stop, is_due = run.engine.ranks.most(signals.number, int(saver.is_due))
+        if stop or is_due:
             _note(place, tell())
-            raise
-        if saver.is_due:
-            _note(place, tell())
+        signals.raise_if(stop)
+        if is_due:
             saver.save(done, place)
             place.under_way = None
 
     while True:
         if start is None:
-            run.optimizer.zero_grad(set_to_none=True)
+            run.engine.forget_gradient()
         try:
             pieces = data.in_pieces(done.piece_tokens)
             gradient = step_gradient(
@@ -242,7 +240,7 @@ def _gradient_that_fits(
                 pieces,
                 states,
                 window=run.settings.window,
-                backward=run.backward,
+                engine=run.engine,
                 keeps_random_state=draws_random_numbers(run.model),
                 boundaries=run.settings.boundaries,
                 before_chunk=before_chunk,
@@ -283,6 +281,7 @@ def _validate(run: Run, done: Done, signals: StopSignals, *, num_sets: int) -> V
         chunk_tokens=done.piece_tokens or run.settings.chunk_tokens,
         fresh_state=lambda rows: _zeros(run, rows),
         num_sets=num_sets,
+        ranks=run.engine.ranks,
     )
     run.model.train()
     return loss
@@ -292,7 +291,7 @@ def _stoppable(run: Run, signals: StopSignals) -> Callable[..., tuple[Tensor, ..
     """The objective, which looks for a signal before every chunk of every sweep."""
 
     def objective(*arguments: object, **settings: object) -> tuple[Tensor, ...]:
-        signals.raise_if_requested()
+        signals.raise_if(*run.engine.ranks.most(signals.number))
         return run.objective(*arguments, **settings)
 
     return objective

@@ -14,7 +14,7 @@ Numbers = dict[str, int | float | bool]
 def split_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Numbers]:
     """Every tensor and every number of the state, named by its place: "3.exp_avg" is of the fourth parameter.
 
-    The tensors are on the CPU. Together they are everything, to the bit.
+    The tensors are the optimizer's own, where they are. Together they are everything, to the bit.
     """
     tensors: dict[str, Tensor] = {}
     numbers: Numbers = {}
@@ -25,7 +25,7 @@ def split_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Nu
                 assert "." not in str(name), f"{name!r} would be read as two places"
                 collect(f"{place}.{name}", inner)
         elif isinstance(value, Tensor):
-            tensors[place] = value.cpu()
+            tensors[place] = value
         else:
             assert isinstance(value, bool | int | float), f"{place}: a {type(value).__name__} in an optimizer's state"
             numbers[place] = value

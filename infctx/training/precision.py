@@ -17,9 +17,14 @@ Precision = Literal["fp32", "bf16"]
 
 def apply_precision_(model: nn.Module, precision: Precision) -> None:
     """Cast every parameter of floats for a run of this precision; call it when it is settled which ones are trained."""
+    cast_parameters_(model, precision)
+    model.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def cast_parameters_(module: nn.Module, precision: Precision) -> None:
+    """Cast the parameters of a part of the model."""
     frozen_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    for parameter in model.parameters():
-        if not parameter.is_floating_point():
-            continue
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen_dtype)
-    model.compute_dtype = frozen_dtype
+    for parameter in module.parameters():
+        dtype = torch.float32 if parameter.requires_grad else frozen_dtype
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)

@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from infctx.checkpoint.run_state import RunState, load_run_state, save_run_state
 from infctx.errors import CheckpointError
 from infctx.model.state import ModelState
-from infctx.training.optimizer_state import join_state_, split_state
 from infctx.training.run import Done, Place, Run
 from infctx.training.step_place import StepPlace, random_state, set_random_state
 
@@ -26,11 +23,11 @@ def save_run(run: Run, done: Done, place: Place) -> None:
         for group, state in enumerate(place.row_states)
         for name, tensor in zip(ModelState._fields, state, strict=True)
     }
-    optimizer, numbers = split_state(run.optimizer)
+    optimizer, numbers = run.engine.optimizer_state()
     trained = {name: parameter for name, parameter in run.model.named_parameters() if parameter.requires_grad}
     tensors = {
-        "trainable": {name: parameter.detach().cpu() for name, parameter in trained.items()},
-        "optimizer": optimizer,
+        "trainable": {name: run.engine.whole(part) for name, part in run.engine.trained().items()},
+        "optimizer": {name: run.engine.whole(part) for name, part in optimizer.items()},
         "rows": rows,
         "random": place.random_state,
     }
@@ -73,11 +70,7 @@ def resume_run(run: Run) -> tuple[Done, Place]:
     check_start(state.facts, run.facts.get("adapter_start"), folder=run.folder)
     done = Done(**state.facts["done"])
     parameters = dict(run.model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in state.tensors["trainable"].items():
-            parameters[name].copy_(tensor)
-    # Checkpoints of before there were such numbers have none.
-    join_state_(run.optimizer, state.tensors["optimizer"], state.facts.get("optimizer_numbers", {}))
+    run.engine.load(state.tensors["trainable"], state.tensors["optimizer"], state.facts["optimizer_numbers"])
     if run.averaged is not None:
         run.averaged.restore_(state.tensors[AVERAGED], num_updates=state.facts["averaged_updates"])
     run.source.restore(state.facts["cursor"])

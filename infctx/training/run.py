@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from infctx.data.document import Document
 from infctx.data.step_source import StepSource
@@ -16,6 +16,7 @@ from infctx.model.state import ModelState
 from infctx.training.averaged_weights import AveragedWeights
 from infctx.training.boundary_store import BoundaryPlan
 from infctx.training.bptt import Window
+from infctx.training.engine import Engine
 from infctx.training.host_memory import HeapTrimmer
 from infctx.training.metrics import MetricsLog
 from infctx.training.optim import LearningRate
@@ -45,7 +46,7 @@ class LoopSettings:
 class Run:
     """The live objects of a run.
 
-    objective and optimizer are what the engine returned; model is what they wrap. facts are written into every
+    objective is what the engine returned; model is what it wraps. facts are written into every
     checkpoint. save_adapter writes the adapter folder. set_names are those of the data sets by their index; with more
     than one, the metrics have the loss of each. validation_set_names: those of the held-out documents' sets, where they
     come from others. averaged: the average of the trained weights, where the run keeps one.
@@ -54,8 +55,7 @@ class Run:
     folder: Path
     model: Finch
     objective: nn.Module
-    optimizer: torch.optim.Optimizer
-    backward: Callable[[Tensor], None]
+    engine: Engine
     device: torch.device
     source: StepSource
     validation: Sequence[Document]

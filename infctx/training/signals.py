@@ -32,9 +32,15 @@ class StopSignals:
     ) -> None:
         self._restore()
 
-    def raise_if_requested(self) -> None:
-        """Raise StopRequested if a signal has come."""
-        if self.name is not None:
+    @property
+    def number(self) -> int:
+        """Of the signal that has come; 0 for none."""
+        return 0 if self.name is None else signal.Signals[self.name].value
+
+    def raise_if(self, number: int) -> None:
+        """Raise StopRequested if this is the number of a signal, which may have come to another process of the run."""
+        if number:
+            self.name = signal.Signals(number).name
             raise StopRequested(self.name)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from infctx.data.step_source import StepData
 from infctx.model.state import ModelState
 from infctx.training.boundary_store import BoundaryPlan
 from infctx.training.bptt import Window, backward_through_windows, forward_through_chunks
+from infctx.training.engine import Engine
 from infctx.training.set_losses import add_set_losses
 from infctx.training.step_place import StepPlace, WindowsPlace, random_state, set_random_state
 
@@ -66,9 +67,8 @@ def run_step(
     states: Sequence[ModelState],
     *,
     window: Window,
-    optimizer: torch.optim.Optimizer,
+    engine: Engine,
     clip: float | None,
-    backward: Callable[[Tensor], None],
     keeps_random_state: bool = False,
     boundaries: BoundaryPlan = BoundaryPlan(),  # noqa: B008 (frozen)
 ) -> tuple[StepReport, list[ModelState]]:
@@ -81,17 +81,17 @@ def run_step(
     Returns:
         A report, and the state of each group after its last chunk.
     """
-    optimizer.zero_grad(set_to_none=True)
+    engine.forget_gradient()
     gradient = step_gradient(
         objective,
         data,
         states,
         window=window,
-        backward=backward,
+        engine=engine,
         keeps_random_state=keeps_random_state,
         boundaries=boundaries,
     )
-    return take_step(gradient, data, optimizer=optimizer, clip=clip), gradient.states
+    return take_step(gradient, data, engine=engine, clip=clip), gradient.states
 
 
 def step_gradient(
@@ -100,13 +100,14 @@ def step_gradient(
     states: Sequence[ModelState],
     *,
     window: Window,
-    backward: Callable[[Tensor], None],
+    engine: Engine,
     keeps_random_state: bool = False,
     boundaries: BoundaryPlan = BoundaryPlan(),  # noqa: B008 (frozen)
     before_chunk: BeforeChunk | None = None,
     start: StepPlace | None = None,
 ) -> StepGradient:
-    """Add the gradient of the step's loss to .grad. What the objective raises abandons it; no weight has changed.
+    """Add the gradient of the step's loss to what the engine holds. What the objective raises abandons it; no weight
+    has changed.
 
     Args:
         window: in chunks as the data source cut them; where `data` comes in pieces, as many pieces as make them up.
@@ -137,6 +138,9 @@ def step_gradient(
             )
         passes += 1
 
+    def expect(is_last: bool) -> None:
+        engine.expect(is_last=is_last and len(states_after) == len(data.groups) - 1)
+
     if start is not None:
         set_random_state(start.random_state, device)
     for group, state in list(zip(data.groups, states, strict=True))[len(states_after) :]:
@@ -147,11 +151,13 @@ def step_gradient(
                 group.chunks,
                 start.windows if start is not None and is_under_way else state,
                 window="document" if window == "document" else window * group.chunks.pieces_per_chunk,
-                weight_total=data.weight_total,
-                backward=backward,
+                # Engines take the mean over their ranks.
+                weight_total=data.weight_total / engine.ranks.size,
+                backward=engine.backward,
                 keeps_random_state=keeps_random_state,
                 boundaries=boundaries,
                 before_chunk=pause,
+                expect=expect if engine.ranks.size > 1 else None,
             )
             loss_sum, state = result.loss_sum, result.state
             differences.append(result.largest_difference)
@@ -166,14 +172,15 @@ def step_gradient(
         num_chunks=sum(len(group.chunks) for group in data.groups),
         largest_difference=float(torch.stack(differences).max()) if differences else 0.0,
         seconds=time.perf_counter() - began,
-        set_losses=set_losses.cpu() if set_losses is not None else None,
+        set_losses=engine.ranks.sum(set_losses.cpu()) if set_losses is not None else None,
     )
 
 
-def take_step(
-    gradient: StepGradient, data: StepData, *, optimizer: torch.optim.Optimizer, clip: float | None
-) -> StepReport:
-    """Clip the whole gradient and update, unless there is nothing to learn or a number is not finite."""
+def take_step(gradient: StepGradient, data: StepData, *, engine: Engine, clip: float | None) -> StepReport:
+    """Clip the whole gradient and update, unless there is nothing to learn or a number is not finite.
+
+    The norm is of all ranks, so that all of them decide the same.
+    """
     shared = {
         "weight_total": data.weight_total,
         "num_tokens": data.num_tokens,
@@ -181,22 +188,21 @@ def take_step(
     }
     if data.weight_total == 0:
         return StepReport(loss=None, grad_norm=None, not_updated="nothing to learn: all weights are 0", **shared)
-    loss = float(gradient.loss_sums.sum()) / data.weight_total
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
+    loss = float(engine.ranks.sum(gradient.loss_sums).sum()) / data.weight_total
+    norm = engine.update(clip)
     if not math.isfinite(norm):
         problem = f"the gradient is not finite (norm {norm})"
-        return StepReport(
-            loss=loss, grad_norm=norm, not_updated=problem, suspects=_suspects(gradient.loss_sums, data), **shared
-        )
-    optimizer.step()
+        # Those of each rank's own rows.
+        of_ranks = engine.ranks.gather(_suspects(gradient.loss_sums, data))
+        is_known = any(certain for certain, _ in of_ranks)
+        suspects = dict.fromkeys(name for certain, names in of_ranks if certain or not is_known for name in names)
+        return StepReport(loss=loss, grad_norm=norm, not_updated=problem, suspects=tuple(suspects), **shared)
     return StepReport(loss=loss, grad_norm=norm, not_updated=None, **shared)
 
 
-def _suspects(loss_sums: Tensor, data: StepData) -> tuple[str, ...]:
-    """The documents of the groups whose loss is not finite; of all groups where every loss is."""
+def _suspects(loss_sums: Tensor, data: StepData) -> tuple[bool, tuple[str, ...]]:
+    """The documents of the groups whose loss is not finite, and True; of all groups where every loss is, and False."""
     is_spoilt = ~loss_sums.isfinite()
-    if not bool(is_spoilt.any()):
-        is_spoilt[:] = True
-    spoilt = [group for group, spoils in zip(data.groups, is_spoilt.tolist(), strict=True) if spoils]
-    return tuple(dict.fromkeys(origin for group in spoilt for origin in group.origins))
+    is_certain = bool(is_spoilt.any())
+    spoilt = [group for group, spoils in zip(data.groups, is_spoilt.tolist(), strict=True) if spoils or not is_certain]
+    return is_certain, tuple(dict.fromkeys(origin for group in spoilt for origin in group.origins))

@@ -28,7 +28,7 @@ from infctx.model.linear import Linear
 from infctx.model.quantized_linear import Int8Linear, QuantizedLinear
 from infctx.model.state import ModelState
 from infctx.training.bptt import ChunkObjective, backward_through_windows
-from infctx.training.fabric_run import FabricEngine
+from infctx.training.fabric_run import open_engine
 from infctx.training.precision import apply_precision_
 
 TARGETS = ["receptance", "key", "value", "gate", "output"]
@@ -186,10 +186,10 @@ def test_both_sweeps_and_recomputed_layers_compute_the_same(
     quantize_(model, kind)
     attach(model)
     before = {name: module.weight.clone() for name, module in matrices(model).items()}
-    engine = FabricEngine(devices=1, strategy="single", precision=precision)
+    engine = open_engine(devices=1, strategy="single", precision=precision)
     apply_precision_(model, engine.precision)
-    wrapped, _ = engine.setup(
-        ChunkObjective(model), torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    wrapped = engine.setup(
+        ChunkObjective(model), lambda: torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     )
     gradients, losses = [], []
     for recomputed in (False, True, False):

@@ -18,6 +18,7 @@ from infctx.data.stream import DocumentSource, StreamSource
 from infctx.data.token_dropout import drop_targets
 from infctx.model.finch import Finch
 from infctx.training.bptt import ChunkObjective
+from infctx.training.engine import WholeWeights
 from infctx.training.step import step_gradient
 
 Weights = npt.NDArray[np.float64]
@@ -140,7 +141,8 @@ def test_the_loss_is_over_the_weights_that_are_kept(make_finch: Callable[..., Fi
     assert data is not None
     states = [model.fresh_state(2).detach() for _ in data.groups]
     model.train()
-    gradient = step_gradient(ChunkObjective(model), data, states, window="document", backward=torch.autograd.backward)
+    engine = WholeWeights(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    gradient = step_gradient(ChunkObjective(model), data, states, window="document", engine=engine)
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     rows = [row for group in data.groups for row in group.chunks.rows]

@@ -45,13 +45,13 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None
     """Lets a run be stopped at its n-th chunk, of training or validation, as a signal there would."""
     left: list[int | None] = [None]
 
-    def count(self: StopSignals) -> None:
+    def count(self: StopSignals, number: int) -> None:
         if left[0] is not None:
             if left[0] == 0:
                 raise StopRequested("SIGTERM")
             left[0] -= 1
 
-    monkeypatch.setattr(StopSignals, "raise_if_requested", count)
+    monkeypatch.setattr(StopSignals, "raise_if", count)
 
     def set_stop(chunks: int | None) -> None:
         left[0] = chunks

@@ -14,7 +14,8 @@ from infctx.data.stream import DocumentSource, StepData
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.training.bptt import ChunkObjective, Window
-from infctx.training.fabric_run import FabricEngine
+from infctx.training.engine import WholeWeights
+from infctx.training.fabric_run import open_engine
 from infctx.training.precision import apply_precision_
 from infctx.training.step import StepReport, run_step
 
@@ -52,13 +53,13 @@ class Bf16Run:
         self.model = make_finch("6", n_layer=1, n_embd=16, dim_ffn=29, has_initial_state=True)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(frozen is None or frozen not in name)
-        self._engine = FabricEngine(devices=1, strategy="single", precision="bf16")
+        self._engine = open_engine(devices=1, strategy="single", precision="bf16")
         apply_precision_(self.model, self._engine.precision)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=0.1)
         self.used: list[Gradients] = []
         optimizer.register_step_pre_hook(lambda *_: self.used.append(self.gradients()))
-        self._wrapped, self._optimizer = self._engine.setup(ChunkObjective(self.model), optimizer)
+        self._wrapped = self._engine.setup(ChunkObjective(self.model), lambda: optimizer)
         self._reads_out = reads_out
         self.pieces: list[Gradients] = []
 
@@ -76,9 +77,8 @@ class Bf16Run:
             data,
             states,
             window=window,
-            optimizer=self._optimizer,
+            engine=WholeWeights(self.model, self._engine.optimizer, backward=self._backward),
             clip=clip,
-            backward=self._backward,
         )
         return report
 

@@ -20,6 +20,7 @@ from infctx.data.stream import DocumentSource, StepData, StreamSource
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.training.bptt import ChunkObjective, Window
+from infctx.training.engine import WholeWeights
 from infctx.training.step import run_step
 
 Source = DocumentSource | StreamSource
@@ -164,9 +165,8 @@ class Trainer:
             data,
             self._states,
             window=self._window,
-            optimizer=self._optimizer,
+            engine=WholeWeights(self._model, self._optimizer),
             clip=None,
-            backward=torch.autograd.backward,
         )
         if report.loss is None:
             # A step without a weight: there is a state to carry on, and nothing else.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -12,7 +13,7 @@ from infctx.data.chunking import Chunk, RowSlice, chunk_rows
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.training.bptt import ChunkObjective, backward_through_windows
-from infctx.training.fabric_run import FabricEngine
+from infctx.training.fabric_run import open_engine
 from infctx.training.optim import make_adamw, parameter_groups
 from infctx.training.precision import apply_precision_
 
@@ -34,7 +35,7 @@ def test_the_state_inside_forward_is_the_banked_one_bit_for_bit(
 ) -> None:
     """Fabric's own precision plugins would round it to bf16 on the way in, and nothing else would show it."""
     model = make_finch("6")
-    engine = FabricEngine(devices="auto", strategy="auto", precision=precision)
+    engine = open_engine(devices="auto", strategy="auto", precision=precision)
     apply_precision_(model, engine.precision)
     model.to(engine.device)
     optimizer = make_adamw(
@@ -43,7 +44,7 @@ def test_the_state_inside_forward_is_the_banked_one_bit_for_bit(
         betas=(0.9, 0.99),
         eps=1e-8,
     )
-    wrapped, _ = engine.setup(ChunkObjective(model), optimizer)
+    wrapped = engine.setup(ChunkObjective(model), lambda: optimizer)
     inside: list[ModelState] = []
     outside: list[ModelState] = []
 
@@ -82,7 +83,7 @@ def test_bf16_stores_frozen_weights_in_bf16_and_trains_in_fp32(make_finch: Calla
     model = make_finch("6")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("channel_mix" in name)
-    engine = FabricEngine(devices=1, strategy="single", precision="bf16")
+    engine = open_engine(devices=1, strategy="single", precision="bf16")
     apply_precision_(model, engine.precision)
     optimizer = make_adamw(
         parameter_groups(model.named_parameters(), weight_decay=0, decay_lr_multiplier=2),
@@ -90,7 +91,7 @@ def test_bf16_stores_frozen_weights_in_bf16_and_trains_in_fp32(make_finch: Calla
         betas=(0.9, 0.99),
         eps=1e-8,
     )
-    wrapped, optimizer = engine.setup(ChunkObjective(model), optimizer)
+    wrapped = engine.setup(ChunkObjective(model), lambda: optimizer)
     products = []
     handle = model.blocks[0].channel_mix.key.register_forward_hook(lambda m, i, output: products.append(output.dtype))
     state = ModelState.zeros(model.config, 2, dtype=torch.float32, device=engine.device)
@@ -115,10 +116,10 @@ def test_bf16_gradients_are_those_of_fp32_up_to_bf16_rounding(make_finch: Callab
         for precision in ("fp32", "bf16"):
             torch.manual_seed(0)
             model = make_finch("6", seed=seed)
-            engine = FabricEngine(devices=1, strategy="single", precision=precision)
+            engine = open_engine(devices=1, strategy="single", precision=precision)
             apply_precision_(model, engine.precision)
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            wrapped, _ = engine.setup(ChunkObjective(model), optimizer)
+            make_optimizer = functools.partial(torch.optim.SGD, model.parameters(), lr=0.1)
+            wrapped = engine.setup(ChunkObjective(model), make_optimizer)
             state = ModelState.zeros(model.config, 2, dtype=torch.float32, device=engine.device)
             backward_through_windows(
                 wrapped, make_chunks(), state, window="document", weight_total=100.0, backward=engine.backward
@@ -130,8 +131,8 @@ def test_bf16_gradients_are_those_of_fp32_up_to_bf16_rounding(make_finch: Callab
     assert 1e-4 < sorted(differences)[2] < 0.1
 
 
-def test_more_devices_than_this_version_can_use_are_refused() -> None:
+def test_a_process_alone_is_no_run_of_many() -> None:
     from infctx.errors import RecipeError
 
-    with pytest.raises(RecipeError, match=r"run\.devices: expected 1 or auto, got 4"):
-        FabricEngine(devices=4, strategy="auto", precision="fp32")
+    with pytest.raises(RecipeError, match=r"run\.devices: 4 processes have to be started"):
+        open_engine(devices=4, strategy="auto", precision="fp32")

@@ -6,6 +6,7 @@ Every token of its documents is another one, so that a step's tokens alone say w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,8 @@ from infctx.model.state import ModelState
 from infctx.training import set_losses
 from infctx.training.boundary_store import BoundaryPlan
 from infctx.training.bptt import ChunkObjective, Window
-from infctx.training.fabric_run import FabricEngine
+from infctx.training.engine import WholeWeights
+from infctx.training.fabric_run import open_engine
 from infctx.training.host_memory import HeapTrimmer
 from infctx.training.loop import train
 from infctx.training.loss import LossTerms
@@ -118,6 +120,7 @@ def gradients_of(
     backward: Callable[[Tensor], None] = torch.autograd.backward,
 ) -> list[tuple[StepData, StepGradient, list[Tensor]]]:
     """Every step of a source at the same weights, with its gradient."""
+    engine = WholeWeights(model, torch.optim.SGD(model.parameters(), lr=0.1), backward=backward)
     states: list[ModelState] = []
     found = []
     while (data := source.next_step()) is not None:
@@ -125,7 +128,7 @@ def gradients_of(
             states = [zeros(model, rows) for _ in data.groups]
         model.zero_grad(set_to_none=True)
         pieces = data.in_pieces(piece_tokens)
-        gradient = step_gradient(objective, pieces, states, window=window, backward=backward)
+        gradient = step_gradient(objective, pieces, states, window=window, engine=engine)
         states = gradient.states
         found.append((data, gradient, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
     return found
@@ -201,10 +204,10 @@ def test_nothing_else_changes_by_a_bit(make_finch: Callable[..., Finch], mode: s
     results = []
     for documents in (make_documents(), without_sets(make_documents())):
         model = make_model(make_finch, torch.float32).train()
-        engine = FabricEngine(devices=1, strategy="single", precision=precision)
+        engine = open_engine(devices=1, strategy="single", precision=precision)
         apply_precision_(model, engine.precision)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        objective, _ = engine.setup(ChunkObjective(model, terms=LossTerms(l2_wrap=1e-2)), optimizer)
+        make_optimizer = functools.partial(torch.optim.SGD, model.parameters(), lr=0.0)
+        objective = engine.setup(ChunkObjective(model, terms=LossTerms(l2_wrap=1e-2)), make_optimizer)
         source = make_source(documents, mode)
         results.append(gradients_of(objective, model, source, window=2, rows=2, backward=engine.backward))
     assert len(results[0]) > 1
@@ -279,17 +282,16 @@ def make_run(
     """A run of a mixture, whose validation has documents of sets 0 and 2."""
     documents = make_documents() if documents is None else documents
     model = make_model(make_finch, torch.float32)
-    engine = FabricEngine(devices=1, strategy="single", precision="fp32")
+    engine = open_engine(devices=1, strategy="single", precision="fp32")
     groups = parameter_groups(model.named_parameters(), weight_decay=0.0, decay_lr_multiplier=1.0)
     optimizer = make_adamw(groups, lr=1e-3, betas=(0.9, 0.99), eps=1e-3)
-    objective, optimizer = engine.setup(ChunkObjective(model), optimizer)
+    objective = engine.setup(ChunkObjective(model), lambda: optimizer)
     folder.mkdir(exist_ok=True)
     return Run(
         folder=folder,
         model=model,
         objective=objective,
-        optimizer=optimizer,
-        backward=engine.backward,
+        engine=engine,
         device=engine.device,
         source=make_source(documents, mode, **SETTINGS, chunk_tokens=chunk_tokens),
         validation=[documents[8], documents[4], documents[3]],

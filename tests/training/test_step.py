@@ -13,6 +13,7 @@ from infctx.data.stream import DocumentSource, StreamSource
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.training.bptt import ChunkObjective
+from infctx.training.engine import WholeWeights
 from infctx.training.step import run_step
 
 
@@ -45,9 +46,8 @@ def steps_of(model: Finch, source: StreamSource | DocumentSource, rows: int, *, 
             data,
             states,
             window=window,
-            optimizer=optimizer,
+            engine=WholeWeights(model, optimizer),
             clip=0.5,
-            backward=torch.autograd.backward,
         )
         losses.append(report.loss)
     return losses
@@ -107,9 +107,8 @@ def test_a_step_that_must_not_be_taken_changes_no_weight(make_finch: Callable[..
         source.next_step(),
         states,
         window=2,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        engine=WholeWeights(model, torch.optim.SGD(model.parameters(), lr=0.1), backward=backward),
         clip=1.0,
-        backward=backward,
     )
     assert problem in report.not_updated
     assert all(torch.equal(p, copy) for p, copy in zip(model.parameters(), before, strict=True))
@@ -126,9 +125,8 @@ def test_clipping_bounds_the_whole_gradient(make_finch: Callable[..., Finch]) ->
         source.next_step(),
         [zeros(model, 1)],
         window=2,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        engine=WholeWeights(model, torch.optim.SGD(model.parameters(), lr=0.1)),
         clip=0.01,
-        backward=torch.autograd.backward,
     )
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
     assert report.grad_norm > 0.02

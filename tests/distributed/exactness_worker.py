@@ -1,0 +1,80 @@
+"""One of several processes: runs every case it is given and writes what came out. Started by test_strategies.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from exactness_cases import Case, make_model, make_objective, make_optimizer, make_source, take_steps
+
+from infctx.training import fabric_run
+from infctx.training.fabric_run import FabricEngine, open_engine
+
+
+def main() -> None:
+    """Arguments: the cases as JSON, and the folder to write to."""
+    torch.use_deterministic_algorithms(True)
+    cases = [Case(**case) for case in json.loads(sys.argv[1])]
+    folder = Path(sys.argv[2])
+    for case in cases:
+        found, losses = run_case(case)
+        if torch.distributed.get_rank() == 0:
+            save_file(found, folder / f"{case.name}.safetensors")
+            (folder / f"{case.name}.json").write_text(json.dumps(losses))
+
+
+def run_case(case: Case) -> tuple[dict[str, Tensor], dict[str, list[float | None]]]:
+    """Steps of one case on this rank; the whole gradient of the first, and the weights behind the last."""
+    model = make_model(case)
+    engine = open_engine(
+        precision="bf16" if case.dtype == "bf16" else "fp32",
+        devices=torch.distributed.get_world_size() if torch.distributed.is_initialized() else case.ranks,
+        strategy=case.strategy,
+        time_parallel=case.time_parallel,
+        offload=case.offload,
+        hang_seconds=120.0,
+    )
+    with _without_casts() if case.dtype == "fp64" else contextlib.nullcontext():
+        objective = engine.setup(make_objective(case, model), lambda: make_optimizer(case, model))
+    if engine.ranks.time_group is not None:
+        from infctx.model.time_parallel import TimeGroup
+
+        model.use_time_group(TimeGroup(engine.ranks.time_group))
+    names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found: dict[str, Tensor] = {}
+
+    def keep_gradient() -> None:
+        if not any(name.startswith("gradient.") for name in found):
+            found.update({f"gradient.{name}": whole_gradient(engine, p) for name, p in names.items()})
+
+    source = make_source(case, engine.ranks)
+    report = take_steps(case, model, objective, engine, source, before_update=keep_gradient)
+    found.update({f"weight.{name}": engine.whole(part) for name, part in engine.trained().items()})
+    return {name: tensor.contiguous().clone() for name, tensor in found.items()}, report
+
+
+def whole_gradient(engine: FabricEngine, parameter: torch.nn.Parameter) -> Tensor:
+    """The gradient that the update will use."""
+    gradient = engine.whole_gradient(parameter)
+    assert gradient is not None
+    # The update clips it where it lies.
+    return gradient.clone()
+
+
+def _without_casts() -> contextlib.AbstractContextManager[object]:
+    """A run computes in float32; in float64 what differs is no rounding."""
+    casts = {"apply_precision_": lambda model, precision: None, "cast_parameters_": lambda module, precision: None}
+    return mock.patch.multiple(fabric_run, **casts)
+
+
+if __name__ == "__main__":
+    main()

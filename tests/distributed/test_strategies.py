@@ -1,0 +1,97 @@
+"""Every strategy gives the gradients and weights of one process, whatever the window, the rows and the adapter."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.distributed.exactness_cases import Case, run_alone
+from tests.distributed.processes import run_ranks
+
+WORKER = str(Path(__file__).with_name("exactness_worker.py"))
+# Relative, of each tensor. float32: what the same terms added up in another order differ by.
+GRADIENT_BOUND = {"fp32": 1e-6, "fp64": 1e-10}
+WEIGHT_BOUND = {"fp32": 1e-6, "fp64": 1e-10}
+
+
+def cases_of(strategy: str, ranks: int, **shared: object) -> list[Case]:
+    """The matrix of one strategy."""
+    base = {"strategy": strategy, "ranks": ranks, **shared}
+    settings: list[dict[str, object]] = [
+        {"window": window, "accumulate": accumulate, "optimizer": optimizer}
+        for window, accumulate, optimizer in [
+            (1, 1, "sgd"),
+            (3, 1, "adamw"),
+            ("document", 1, "sgd"),
+            ("document", 1, "adamw"),
+        ]
+    ]
+    if ranks == 2:
+        settings += [{"window": "document", "accumulate": 2}, {"window": 1, "accumulate": 2, "optimizer": "adamw"}]
+    settings += [
+        {"window": 2, "mode": "stream"},
+        {"window": "document", "masked": True},
+        {"window": 2, "mode": "stream", "masked": True},
+        {"window": "document", "adapter": "lora", "optimizer": "adamw"},
+        {"window": "document", "adapter": "state"},
+        {"window": "document", "version": "5.2"},
+        {"window": 3, "is_recomputed": True},
+    ]
+    return [Case(name=f"{strategy}-{number:02}", **base, **keys) for number, keys in enumerate(settings)]
+
+
+def run_cases(cases: list[Case], folder: Path, *, seconds: float = 250.0) -> dict[str, tuple[dict[str, Tensor], dict]]:
+    """Run the cases as ranks of their own."""
+    run_ranks([WORKER, json.dumps([asdict(case) for case in cases]), str(folder)], ranks=cases[0].ranks, seconds=seconds)
+    return {
+        case.name: (load_file(folder / f"{case.name}.safetensors"), json.loads((folder / f"{case.name}.json").read_text()))
+        for case in cases
+    }
+
+
+def worst_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, tuple[float, str]]:
+    """Of gradients and of weights: the largest norm of a difference beside the tensor's own, and whose it is."""
+    assert found.keys() == expected.keys()
+    worst = {"gradient": (0.0, ""), "weight": (0.0, "")}
+    for name, tensor in expected.items():
+        kind = name.split(".", 1)[0]
+        assert tensor.isfinite().all()
+        scale = float(tensor.double().norm())
+        assert scale > 0 or kind == "gradient", name
+        error = float((found[name].double() - tensor.double()).norm()) / (scale or 1.0)
+        worst[kind] = max(worst[kind], (error, name))
+    return worst
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_gradients_and_weights_are_those_of_one_process(strategy: str, ranks: int, tmp_path: Path) -> None:
+    cases = cases_of(strategy, ranks)
+    cases += [Case(name="fp64", strategy=strategy, ranks=ranks, dtype="fp64", optimizer="adamw")]
+    check(cases, tmp_path)
+
+
+def check(cases: list[Case], folder: Path) -> None:
+    """Run the cases, and compare each with one process."""
+    results = run_cases(cases, folder)
+    table, problems = [], []
+    for case in cases:
+        expected, expected_report = run_alone(case)
+        found, report = results[case.name]
+        errors = worst_errors(found, expected)
+        line = f"{case.name}: {errors} {case}"
+        table.append(line)
+        is_exact = errors["gradient"][0] <= GRADIENT_BOUND[case.dtype] and errors["weight"][0] <= WEIGHT_BOUND[case.dtype]
+        for key, values in expected_report.items():
+            numbers = [[-1.0 if value is None else value for value in series] for series in (report[key], values)]
+            is_exact &= torch.allclose(*map(torch.tensor, numbers), rtol=2e-6)
+        if not is_exact:
+            problems.append(line)
+    print("\n".join(table))
+    assert not problems, "\n".join(problems)
