@@ -10,8 +10,8 @@ import torch
 
 from infctx.checkpoint.run_state import RunState, load_run_state, save_run_state
 from infctx.errors import CheckpointError
-from infctx.model.state import ModelState
 from infctx.training.optimizer_state import join_state_, split_state
+from infctx.training.row_states import join_rows, num_rows, split_rows
 from infctx.training.run import Done, Place, Run
 from infctx.training.step_place import StepPlace, random_state, set_random_state
 
@@ -21,24 +21,18 @@ AVERAGED = "averaged"
 
 def save_run(run: Run, done: Done, place: Place) -> None:
     """Write a checkpoint from which the run goes on at `place`, and the adapter folder."""
-    rows = {
-        f"{group}.{name}": tensor.cpu()
-        for group, state in enumerate(place.row_states)
-        for name, tensor in zip(ModelState._fields, state, strict=True)
-    }
     optimizer, numbers = split_state(run.optimizer)
     trained = {name: parameter for name, parameter in run.model.named_parameters() if parameter.requires_grad}
     tensors = {
         "trainable": {name: parameter.detach().cpu() for name, parameter in trained.items()},
         "optimizer": optimizer,
-        "rows": rows,
+        "rows": split_rows(place.row_states, 0),
         "random": place.random_state,
     }
     facts = {
         **run.facts,
         "done": asdict(done),
         "cursor": place.cursor,
-        "row_groups": len(place.row_states),
         "optimizer_numbers": numbers,
     }
     if run.averaged is not None:
@@ -76,17 +70,19 @@ def resume_run(run: Run) -> tuple[Done, Place]:
     with torch.no_grad():
         for name, tensor in state.tensors["trainable"].items():
             parameters[name].copy_(tensor)
-    # Checkpoints of before there were such numbers have none.
-    join_state_(run.optimizer, state.tensors["optimizer"], state.facts.get("optimizer_numbers", {}))
+    join_state_(run.optimizer, state.tensors["optimizer"], state.facts["optimizer_numbers"])
     if run.averaged is not None:
         run.averaged.restore_(state.tensors[AVERAGED], num_updates=state.facts["averaged_updates"])
     run.source.restore(state.facts["cursor"])
     set_random_state(state.tensors["random"], run.device)
     rows = state.tensors["rows"]
-    row_states = [
-        ModelState(*(rows[f"{group}.{name}"].to(run.device) for name in ModelState._fields))
-        for group in range(state.facts["row_groups"])
-    ]
+    row_states = join_rows(
+        rows,
+        first_row=0,
+        rows_per_group=run.settings.rows,
+        num_groups=num_rows(rows) // run.settings.rows,
+        device=run.device,
+    )
     run.metrics.truncate_after(done.step if done.owed is None else done.step - 1)
     under_way = None
     if "under_way" in state.facts:
