@@ -14,6 +14,7 @@ import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -154,7 +155,8 @@ def _write_state(folder: Path, state: RunState, share: Share) -> dict[str, Manif
     """Fill the folder, together with the other ranks; returns the files that rank 0 wrote of the groups."""
     reserved = sorted(state.facts.keys() & {"schema", "step", "passes"})
     assert not reserved, f"facts may not be called {reserved}"
-    told = share({"folder": folder.name, "host": this_host(), "names": _names_of(state)})
+    told = share({"folder": folder.name, "host": this_host(), **_outline(state)})
+    _check_place(told)
     share("seen")
     own = write_groups(folder, state.tensors, name_files([rank["names"] for rank in told])[0])
     written: dict[str, ManifestEntry] = {}
@@ -168,9 +170,10 @@ def _write_state(folder: Path, state: RunState, share: Share) -> dict[str, Manif
 
 def _follow(checkpoints: Path, state: RunState, rank: int, *, share: Share) -> None:
     """What every other rank does: a share for each of rank 0's."""
-    told = share({"names": _names_of(state)})
+    told = share(_outline(state))
     if told[0]["folder"] is None:
         return
+    _check_place(told)
     folder = checkpoints / told[0]["folder"]
     deadline = time.monotonic() + _WAIT_FOR_FOLDER_SECONDS
     while not folder.is_dir():
@@ -184,8 +187,15 @@ def _follow(checkpoints: Path, state: RunState, rank: int, *, share: Share) -> N
     share(own)
 
 
-def _names_of(state: RunState) -> dict[str, list[str]]:
-    return {group: sorted(tensors) for group, tensors in state.tensors.items()}
+def _outline(state: RunState) -> dict[str, Any]:
+    """What the other ranks have to know of this rank's part."""
+    names = {group: sorted(tensors) for group, tensors in state.tensors.items()}
+    return {"place": [state.step, state.passes], "names": names}
+
+
+def _check_place(told: list[dict[str, Any]]) -> None:
+    places = [rank["place"] for rank in told]
+    assert all(place == places[0] for place in places), f"ranks are at different [step, passes]: {places}"
 
 
 def _not_shared(folder: Path, rank: int, whose: str) -> FolderNotSharedError:

@@ -210,6 +210,11 @@ def prepared(folder: Path) -> Path:
     return folder
 
 
+def spread(first: int, last: int, number: int) -> list[int]:
+    """About `number` of the numbers from the first to the last, both among them."""
+    return sorted({first + round((last - first) * i / (number - 1)) for i in range(number)})
+
+
 @pytest.fixture
 def num_calls(in_memory, run_ranks, at_call) -> list[int]:
     """How many watched calls each of three ranks makes in a save."""
@@ -239,7 +244,7 @@ def assert_recovers(folder: Path, run_ranks) -> int:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_killed_at_any_call(in_memory, run_ranks, at_call, num_calls, victim):
-    numbers = range(1, num_calls[victim] + 1, 3 if victim == 0 else 1)
+    numbers = spread(1, num_calls[victim], 16)
     assert len(numbers) >= 12
     steps = set()
     for number in numbers:
@@ -259,7 +264,7 @@ def test_a_rank_killed_at_any_call(in_memory, run_ranks, at_call, num_calls, vic
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_rank_killed_around_any_gather(in_memory, run_ranks, victim):
     for number in range(GATHERS_OF_A_SAVE):
-        for when in ("before", "sent", "after"):
+        for when in ("before", "sent", "after") if victim == 0 else ("sent",):
             folder = prepared(in_memory / f"{number}-{when}")
 
             def die(writers: Rank, folder=folder, number=number, when=when) -> None:
@@ -287,12 +292,12 @@ def test_killed_at_random_instants(in_memory, run_ranks):
     random_source = random.Random(7)
     step = 1
     save_run_state(in_memory, whole_state(step))
-    for trial in range(9):
+    for trial in range(6):
 
         def save_for_ever(writers: Rank, first: int = step + 1, victim: int = trial % 3) -> None:
             if writers.rank == victim:
                 signal.signal(signal.SIGALRM, lambda *_: kill_self())
-                signal.setitimer(signal.ITIMER_REAL, random_source.uniform(0.0, 0.15))
+                signal.setitimer(signal.ITIMER_REAL, random_source.uniform(0.05, 0.2))
             for later in range(first, first + 10_000):
                 save(in_memory, later)(writers)
 
@@ -304,7 +309,7 @@ def test_killed_at_random_instants(in_memory, run_ranks):
         assert loaded.skipped == []
         assert loaded.state.step >= step
         step = loaded.state.step
-    assert step > 3
+    assert step > 2
 
 
 @pytest.mark.parametrize("victim", [0, 2])
@@ -313,7 +318,7 @@ def test_a_disk_that_is_full_for_one_rank_at_any_call(in_memory, run_ranks, at_c
         raise OSError(28, "No space left on device")
 
     num_failed = 0
-    numbers = range(1, num_calls[victim] + 1, 4 if victim == 0 else 2)
+    numbers = spread(1, num_calls[victim], 9)
     for number in numbers:
         folder = prepared(in_memory / str(number))
 
@@ -373,6 +378,14 @@ def test_what_two_ranks_own_is_refused_before_anything_is_written(tmp_path, run_
     assert names_in(tmp_path) == ["latest", "step-000001", "step-000002"]
 
 
+def test_ranks_that_are_not_at_the_same_step_write_nothing(tmp_path, run_ranks):
+    prepared(tmp_path)
+    outcomes = run_ranks(3, lambda writers: save(tmp_path, 4 if writers.rank == 2 else 3)(writers))
+    assert len(set(outcomes)) == 1
+    assert "ranks are at different [step, passes]: [[3, 0], [3, 0], [4, 0]]" in outcomes[0]
+    assert names_in(tmp_path) == ["latest", "step-000001", "step-000002"]
+
+
 def test_a_file_that_the_disk_changed_is_seen_by_the_rank_that_wrote_it(tmp_path, run_ranks):
     prepared(tmp_path)
 
@@ -393,6 +406,20 @@ def test_a_file_that_the_disk_changed_is_seen_by_the_rank_that_wrote_it(tmp_path
     assert len(set(outcomes)) == 1
     assert re.search(r"rank 1 on host .*damaged: trainable-00002-of-00003\.safetensors has SHA-256", outcomes[0])
     assert assert_loads(tmp_path).state.step == 2
+
+
+def test_a_part_that_rank_0_does_not_see_is_no_part_of_a_checkpoint(tmp_path, run_ranks):
+    prepared(tmp_path)
+
+    def lose(writers: Rank) -> None:
+        verify = run_state.verify_file
+        run_state.verify_file = lambda folder, file, entry: (verify(folder, file, entry), (folder / file).unlink())
+        save(tmp_path, 3)(writers)
+
+    outcomes = run_ranks(2, lose)
+    assert len(set(outcomes)) == 1
+    assert re.search(r"rank 0 on host .*optimizer-00002-of-00002\.safetensors is missing", outcomes[0])
+    assert names_in(tmp_path) == ["latest", "step-000001", "step-000002"]
 
 
 def test_folders_that_are_not_shared(tmp_path, run_ranks):
@@ -480,8 +507,9 @@ def test_a_rank_that_alone_sees_damage_takes_all_back(tmp_path, run_ranks):
     """Which rank checks which file does not matter, and never do two ranks go on from different checkpoints."""
     save_run_state(tmp_path, whole_state(1))
     run_ranks(3, save(tmp_path, 2))
-    content = {path: path.read_bytes() for path in (tmp_path / "checkpoints" / "step-000002").iterdir()}
-    for path, before in content.items():
+    files = sorted((tmp_path / "checkpoints" / "step-000002").iterdir())
+    for path in files[::3]:
+        before = path.read_bytes()
         path.write_bytes(before[:-4] + bytes([before[-4] ^ 1]) + before[-3:])
 
         def load(writers: Rank, path=path) -> None:
