@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from infctx.adapters.adapter import Adapter
 from infctx.adapters.catalog import ATTACH
@@ -122,21 +123,43 @@ def keep_start(adapter: Adapter, folder: Path, *, base_fingerprint: str) -> None
 
 
 def adapter_writer(
-    adapter: Adapter, folder: Path, *, base_fingerprint: str, averaged: AveragedWeights | None = None
-) -> Callable[[], None]:
-    """Writes the adapter folder anew, of the averages if there are any; a full fine-tune has none."""
+    adapter: Adapter, model: Finch, folder: Path, *, base_fingerprint: str, averaged: AveragedWeights | None = None
+) -> Callable[[Mapping[str, Tensor] | None], None]:
+    """Writes the adapter folder anew, of the averages if there are any; a full fine-tune has none.
 
-    def build(unfinished: Path) -> None:
+    What it gives takes whole weights, or whole averages, by their names in the model, where the model has only parts.
+    """
+
+    def build(unfinished: Path, whole: Mapping[str, Tensor] | None) -> None:
+        if whole is not None:
+            weights = _in_place_of_parts(model, whole)
+        else:
+            weights = nullcontext() if averaged is None else averaged.in_place()
+        with weights:
+            adapter.save(unfinished, base_fingerprint=base_fingerprint)
         if averaged is None:
-            adapter.save(unfinished, base_fingerprint=base_fingerprint)
             return
-        with averaged.in_place():
-            adapter.save(unfinished, base_fingerprint=base_fingerprint)
         with (unfinished / "README.md").open("a", encoding="utf-8") as readme:
             readme.write(_AVERAGED_NOTE)
 
-    def write() -> None:
+    def write(whole: Mapping[str, Tensor] | None = None) -> None:
         if adapter.has_files:
-            replace_directory(folder, build, overwrite=True)
+            replace_directory(folder, lambda unfinished: build(unfinished, whole), overwrite=True)
 
     return write
+
+
+@contextmanager
+def _in_place_of_parts(model: Finch, whole: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block, the model has whole tensors for its parameters of these names; nothing computes with it."""
+    parts = []
+    for name, tensor in whole.items():
+        path, _, last = name.rpartition(".")
+        module = model.get_submodule(path)
+        parts.append((module, last, module._parameters[last]))
+        module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, last, part in parts:
+            module._parameters[last] = part

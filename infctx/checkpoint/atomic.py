@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from infctx.checkpoint.run_lock import is_process_alive
@@ -14,11 +15,14 @@ from infctx.errors import CheckpointError
 MANIFEST_NAME = "MANIFEST.json"
 MANIFEST_SCHEMA = 1
 
+ManifestEntry = dict[str, int | str]
+"""A file's "bytes" and "sha256"."""
+
 _UNFINISHED = re.compile(r"\.tmp-(\d+)-.+|\..+\.tmp-(\d+)")
 
 
-class NewerSchemaError(CheckpointError):
-    """Sound, but written by a newer infctx: an older checkpoint must not quietly take its place."""
+class OtherSchemaError(CheckpointError):
+    """Sound, but written by another infctx, newer or older: no other checkpoint must quietly take its place."""
 
 
 def write_file_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -48,8 +52,9 @@ def replace_directory(final: Path, build: Callable[[Path], None], *, overwrite: 
     """
     if os.path.lexists(final) and not overwrite:
         raise CheckpointError(f"{final}: exists already; expected no such folder. Move it away or give another name.")
-    unfinished = final.parent / f".tmp-{os.getpid()}-{final.name}"
-    remove_tree(unfinished)
+    # A name of its own: a process of an earlier attempt that still writes, perhaps on another machine, finds its folder
+    # gone. It will not write into this one.
+    unfinished = final.parent / f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{final.name}"
     try:
         unfinished.mkdir()
         build(unfinished)
@@ -95,39 +100,63 @@ def fsync_directory(folder: Path) -> None:
     _fsync(folder)
 
 
-def write_manifest(folder: Path) -> None:
-    """Write MANIFEST.json with the size and SHA-256 of every file in `folder`, after flushing those files."""
+def write_manifest(folder: Path, known: Mapping[str, ManifestEntry] | None = None) -> None:
+    """Write MANIFEST.json with the size and SHA-256 of every file in `folder`, after flushing those files.
+
+    Args: known: the entries of files whose writers gave them; these are not read here.
+    Raises: CheckpointError if one of those is not there.
+    """
+    known = known or {}
     paths = _list_files(folder)
+    unseen = sorted(known.keys() - paths.keys())
+    if unseen:
+        raise CheckpointError(f"{folder}: {unseen[0]} is missing; it had just been written.")
     for path in paths.values():
         _fsync(path)
-    files = {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in paths.items()}
+    files = {
+        name: known[name] if name in known else {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for name, path in paths.items()
+    }
     text = json.dumps({"schema": MANIFEST_SCHEMA, "files": files}, indent=1, sort_keys=True) + "\n"
     write_file_atomically(folder / MANIFEST_NAME, lambda path: _write_text(path, text))
 
 
-def verify_manifest(folder: Path) -> None:
+def verify_manifest(folder: Path, *, hashed: Collection[str] | None = None) -> None:
     """Read every file of `folder` again and compare it with MANIFEST.json.
 
+    Args: hashed: the files whose hash is compared; of the others only the size is. None = all.
     Raises: CheckpointError naming the folder, the file, and the expected and found size or hash; also for files that
-    are missing or that the manifest does not list. NewerSchemaError if a newer infctx wrote the manifest.
+    are missing or that the manifest does not list. OtherSchemaError if a newer infctx wrote the manifest.
     """
-    expected = _read_manifest(folder)
+    expected = read_manifest(folder)
     found = _list_files(folder)
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             raise CheckpointError(f"{folder}: damaged: {name} is missing; {MANIFEST_NAME} lists it.")
         if name not in expected:
             raise CheckpointError(f"{folder}: damaged: {name} is not in {MANIFEST_NAME}. Remove that file.")
-        num_bytes, sha256 = expected[name]
-        found_bytes = found[name].stat().st_size
-        if found_bytes != num_bytes:
-            raise CheckpointError(f"{folder}: damaged: {name} has {found_bytes} bytes; expected {num_bytes}.")
-        found_sha256 = _sha256(found[name])
-        if found_sha256 != sha256:
-            raise CheckpointError(f"{folder}: damaged: {name} has SHA-256 {found_sha256}; expected {sha256}.")
+        verify_file(folder, name, expected[name], is_hashed=hashed is None or name in hashed)
 
 
-def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+def verify_file(folder: Path, name: str, expected: ManifestEntry, *, is_hashed: bool = True) -> None:
+    """Read one file again and compare it with its entry.
+
+    Raises: CheckpointError naming the folder, the file, and the expected and found size or hash.
+    """
+    path = folder / name
+    found_bytes = path.stat().st_size
+    if found_bytes != expected["bytes"]:
+        raise CheckpointError(f"{folder}: damaged: {name} has {found_bytes} bytes; expected {expected['bytes']}.")
+    if is_hashed and (found_sha256 := _sha256(path)) != expected["sha256"]:
+        raise CheckpointError(f"{folder}: damaged: {name} has SHA-256 {found_sha256}; expected {expected['sha256']}.")
+
+
+def read_manifest(folder: Path) -> dict[str, ManifestEntry]:
+    """The entry of every file that MANIFEST.json lists.
+
+    Raises: CheckpointError naming the folder, if there is none or it is damaged; OtherSchemaError if a newer infctx
+    wrote it.
+    """
     path = folder / MANIFEST_NAME
     try:
         manifest = json.loads(path.read_bytes())
@@ -137,7 +166,7 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
         raise CheckpointError(f"{folder}: damaged: {MANIFEST_NAME} is not JSON ({str(error)[:100]!r}).") from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if type(schema) is int and schema > MANIFEST_SCHEMA:
-        raise NewerSchemaError(
+        raise OtherSchemaError(
             f"{path}: has schema {schema}; this infctx reads up to {MANIFEST_SCHEMA}. Use the infctx that wrote it."
         )
     files = manifest.get("files") if schema == MANIFEST_SCHEMA else None
@@ -145,12 +174,10 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
         raise CheckpointError(
             f'{folder}: damaged: {MANIFEST_NAME} is not {{"schema": {MANIFEST_SCHEMA}, "files": ...}}.'
         )
-    listed = {}
     for name, facts in files.items():
         if not isinstance(facts, dict) or type(facts.get("bytes")) is not int or type(facts.get("sha256")) is not str:
             raise CheckpointError(f"{folder}: damaged: {MANIFEST_NAME} gives no size and SHA-256 for {name[:80]!r}.")
-        listed[name] = (facts["bytes"], facts["sha256"])
-    return listed
+    return files
 
 
 def _list_files(folder: Path) -> dict[str, Path]:

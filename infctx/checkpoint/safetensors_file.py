@@ -8,9 +8,9 @@ Source of the format: the README of huggingface/safetensors.
 
 import json
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -75,12 +75,23 @@ def _tensor(name: str, facts: dict[str, Any], data: mmap.mmap, start: int, path:
     return flat.view(facts["shape"])
 
 
+class Digest(Protocol):
+    """One of hashlib's."""
+
+    def update(self, data: bytes | memoryview, /) -> None: ...
+
+
 def write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor | StoredTensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor | StoredTensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    digest: Digest | None = None,
 ) -> None:
     """Write tensors and metadata, atomically; the same input gives the same bytes. Stored tensors are read one by one.
 
-    Args: tensors: on any device and with any strides; those that share memory are written each by itself.
+    Args: tensors: on any device and with any strides; those that share memory are written each by itself. digest: is
+    fed all that the file shall hold, from memory, so that reading the file again shows whether it does.
     Raises: OSError if the disk is full or fails; an existing `path` is untouched then.
     """
     for name, tensor in tensors.items():
@@ -108,11 +119,17 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
 
+    def blocks() -> Iterator[bytes | memoryview]:
+        yield len(text).to_bytes(8, "little") + text
+        for name in names:
+            yield raw_bytes(stored[name].read())
+
     def write(unfinished: Path) -> None:
         with unfinished.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                file.write(raw_bytes(stored[name].read()))
+            for block in blocks():
+                file.write(block)
+                if digest is not None:
+                    digest.update(block)
 
     write_file_atomically(path, write)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -47,19 +47,28 @@ class AveragedWeights:
         finally:
             _copy_(self._weights, own)
 
-    def to_tensors(self) -> dict[str, Tensor]:
-        """The averages by the names of their weights, on the CPU."""
-        return {name: average.cpu() for name, average in self._averages.items()}
+    @property
+    def averages(self) -> Mapping[str, Tensor]:
+        """By the names of their weights, divided among ranks as they are."""
+        return self._averages
 
     @property
     def num_updates(self) -> int:
         """Updates taken in so far."""
         return self._num_updates
 
-    def restore_(self, tensors: Mapping[str, Tensor], *, num_updates: int) -> None:
-        """Go on from what `to_tensors` and `num_updates` gave."""
+    @torch.no_grad()
+    def restore_(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        num_updates: int,
+        put: Callable[[Tensor, Tensor], object] = Tensor.copy_,
+    ) -> None:
+        """Go on from whole `averages` and `num_updates`. put: a whole tensor in the place of an average."""
         assert tensors.keys() == self._averages.keys(), "the averages are of other weights"
-        _copy_(self._averages, tensors)
+        for name, average in self._averages.items():
+            put(average, tensors[name])
         self._num_updates = num_updates
 
 

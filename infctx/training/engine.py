@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,8 @@ class Engine(Protocol):
 
     ranks: Ranks
     optimizer: torch.optim.Optimizer
+    stops_inside_steps: bool
+    """Whether a step can be left and entered again: `own_gradients` tells what there is of the gradient by then."""
 
     def expect(self, *, is_last: bool) -> None:
         """Say before the forward pass of a chunk whether its backward pass is the last of the step."""
@@ -53,6 +55,15 @@ class Engine(Protocol):
     def load(self, trained: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Put whole tensors in place: the weights, and the state of the optimizer where there is one yet."""
 
+    def put(self, part: Part, whole: Tensor) -> None:
+        """Put a whole tensor in the place of one that may be divided."""
+
+    def own_gradients(self) -> dict[str, Tensor]:
+        """What this rank has of the gradient inside a step, on the host."""
+
+    def put_own_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Go on from what `own_gradients` gave on the same rank of as many."""
+
 
 class WholeWeights:
     """An engine of processes that each hold all weights; one process on its own, or several with the same gradient.
@@ -61,6 +72,8 @@ class WholeWeights:
         model: only for what asks for weights by their names.
         backward: called with a scalar.
     """
+
+    stops_inside_steps = True
 
     def __init__(
         self,
@@ -95,8 +108,7 @@ class WholeWeights:
 
     def trained(self) -> dict[str, Part]:
         """The trained weights by the names of the model."""
-        assert self._model is not None, "an engine without a model"
-        return {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
+        return {name: parameter.detach() for name, parameter in self._named()}
 
     def optimizer_state(self) -> tuple[dict[str, Part], Numbers]:
         """The optimizer's tensors and numbers."""
@@ -115,8 +127,23 @@ class WholeWeights:
         parameters = self.trained()
         with torch.no_grad():
             for name, tensor in trained.items():
-                self._put(parameters[name], tensor)
+                self.put(parameters[name], tensor)
         join_state_(self.optimizer, optimizer, numbers)
 
-    def _put(self, part: Part, tensor: Tensor) -> None:
-        part.copy_(tensor)
+    def put(self, part: Part, whole: Tensor) -> None:
+        """Put a whole tensor in its place."""
+        part.copy_(whole)
+
+    def own_gradients(self) -> dict[str, Tensor]:
+        """The .grad there is, on the host."""
+        return {name: p.grad.detach().cpu() for name, p in self._named() if p.grad is not None}
+
+    def put_own_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Put them into .grad."""
+        parameters = dict(self._named())
+        for name, gradient in gradients.items():
+            parameters[name].grad = gradient.to(parameters[name].device, copy=True)
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        assert self._model is not None, "an engine without a model"
+        return ((name, p) for name, p in self._model.named_parameters() if p.requires_grad)

@@ -25,7 +25,7 @@ from infctx.errors import RecipeError
 from infctx.training.bptt import ChunkObjective
 from infctx.training.engine import Part, WholeWeights
 from infctx.training.precision import Precision, apply_precision_, cast_parameters_
-from infctx.training.ranks import ALONE, connect
+from infctx.training.ranks import ALONE, connect, count_devices
 
 # Importing Lightning takes seconds, and it warns about things its users cannot change.
 with warnings.catch_warnings():
@@ -118,8 +118,21 @@ class FsdpEngine(FabricEngine):
             # What a forward pass has left collected would be computed with once more.
             module.reshard()
 
-    def _put(self, part: Part, tensor: Tensor) -> None:
-        super()._put(part, _part_of(part, tensor))
+    def put(self, part: Part, whole: Tensor) -> None:
+        """Put this rank's part of a whole tensor in its place."""
+        super().put(part, _part_of(part, whole))
+
+    def own_gradients(self) -> dict[str, Tensor]:
+        """This rank's parts of the gradient, on the host."""
+        return {name: p.grad.to_local().cpu() for name, p in self._named() if p.grad is not None}
+
+    def put_own_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Put this rank's parts of the gradient into .grad."""
+        parameters = dict(self._named())
+        for name, gradient in gradients.items():
+            parameter = parameters[name]
+            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.to_local().copy_(gradient)
 
     def _fsdp_modules(self) -> Iterator[nn.Module]:
         return (module for module in self._objective.modules() if hasattr(module, "set_requires_gradient_sync"))
@@ -214,11 +227,6 @@ def open_engine(
 
 
 _ENGINES = {"ddp": DdpEngine, "fsdp": FsdpEngine}
-
-
-def count_devices(devices: int | str) -> int:
-    """Processes on this machine."""
-    return max(1, torch.cuda.device_count()) if devices == "auto" else int(devices)
 
 
 def _fabric_strategy(

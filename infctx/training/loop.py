@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infctx.data.step_source import StepData
-from infctx.errors import InfctxError, memory_fault
+from infctx.errors import InfctxError, MachineError, memory_fault
 from infctx.model.state import ModelState
 from infctx.training.bptt import draws_random_numbers
 from infctx.training.host_memory import peak_host_bytes
@@ -122,7 +122,8 @@ def _settle(run: Run, done: Done, place: Place, signals: StopSignals, saver: _Sa
         if done.step == 0:
             done.first_val_loss = done.val_loss
     done.owed = None
-    run.metrics.append(record)
+    if run.engine.ranks.is_first:
+        run.metrics.append(record)
     if done.step > 0:
         run.progress.step(record)
     elif done.val_loss is not None:
@@ -159,10 +160,12 @@ def _one_step(
     done.tokens += report.num_tokens
     done.train_loss = _finite(report.loss) if report.loss is not None else done.train_loss
     done.steps_without_target += report.loss is None
-    if gradient.largest_difference > LARGEST_DIFFERENCE:
+    of_ranks = run.engine.ranks.gather((gradient.largest_difference, _peak_device_bytes(run.device), peak_host_bytes()))
+    largest_difference, peak_device, peak_host = map(max, zip(*of_ranks, strict=True))
+    if largest_difference > LARGEST_DIFFERENCE:
         run.progress.message(
             f"step {done.step}: the second sweep computed other states than the first (relative difference "
-            f"{gradient.largest_difference:.1e}): the gradient is not exact. Try another kernel.backend, and report it."
+            f"{largest_difference:.1e}): the gradient is not exact. Try another kernel.backend, and report it."
         )
     pieces = data.groups[0].chunks.pieces_per_chunk
     values = (
@@ -176,9 +179,9 @@ def _one_step(
         done.piece_tokens or data.chunk_tokens,
         run.settings.window if run.settings.window == "document" else run.settings.window * pieces,
         num_carried,
-        _finite(gradient.largest_difference),
-        _peak_device_bytes(run.device),
-        peak_host_bytes(),
+        _finite(largest_difference),
+        peak_device,
+        peak_host,
         seconds,
     )
     done.owed = dict(zip(STEP_KEYS, values, strict=True))
@@ -223,7 +226,7 @@ def _gradient_that_fits(
         run.trimmer.tick()
         stop, is_due = run.engine.ranks.most(signals.number, int(saver.is_due))
         if stop or is_due:
-            _note(place, tell())
+            _note(run, place, tell())
         signals.raise_if(stop)
         if is_due:
             saver.save(done, place)
@@ -251,15 +254,19 @@ def _gradient_that_fits(
             fault = memory_fault(error)
             if fault is None:
                 raise
+            if run.engine.ranks.size > 1:
+                # The others may be in the middle of a chunk, where nobody can be told.
+                advice = "Set a smaller bptt.chunk_tokens or run.rows, or bptt.activations: recompute."
+                raise MachineError(f"{run.engine.ranks.name}: {fault} {advice}") from error
         # Not in the except clause: there the error's traceback keeps the activations alive.
         shorten_chunks(run, done, data, fault)
         start = None
         set_random_state(place.random_state, run.device)
 
 
-def _note(place: Place, under_way: StepPlace) -> None:
-    """Where nothing has run, the step's beginning says it all."""
-    place.under_way = under_way if under_way.passes else None
+def _note(run: Run, place: Place, under_way: StepPlace) -> None:
+    """Where nothing has run, the step's beginning says it all; for an engine that cannot stop inside it has to."""
+    place.under_way = under_way if under_way.passes and run.engine.stops_inside_steps else None
 
 
 def _without_infinities(state: ModelState) -> ModelState:

@@ -6,15 +6,12 @@ All of it goes over a group of the hosts (gloo), whatever the devices use: a GPU
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from infctx.errors import InfctxError, MachineError
 
 T = TypeVar("T")
 
@@ -93,46 +90,6 @@ class Ranks:
         if self._hosts is not None:
             dist.barrier(group=self._hosts)
 
-    def together(self, work: Callable[[], T]) -> T:
-        """Do some work on every rank; where it fails on any, every rank raises that error.
-
-        Raises:
-            The work's own error, on the ranks where it failed. On the others an error of its kind that names those
-            ranks, and is marked as told elsewhere (`InfctxError.is_told`).
-        """
-        error: Exception | None = None
-        result: T | None = None
-        try:
-            result = work()
-        except Exception as caught:
-            if self.size == 1:
-                raise
-            error = caught
-        problems = self.gather(None if error is None else f"{type(error).__name__}: {error}")
-        failed = [rank for rank, problem in enumerate(problems) if problem is not None]
-        if error is not None:
-            if isinstance(error, InfctxError):
-                # One of the ranks that failed in the same way tells it.
-                error.is_told = problems[self.rank] in problems[: self.rank]
-            raise error
-        if failed:
-            kind = MachineError if problems[failed[0]].startswith("MachineError") else InfctxError
-            said = kind(f"rank {failed[0]} could not go on: {problems[failed[0]]}")
-            said.is_told = True
-            raise said
-        return result  # type: ignore[return-value]
-
-    def in_turns(self, work: Callable[[], T]) -> T:
-        """Do some work on one rank of every machine first, then on the others: what it leaves on the disk is found."""
-        if self.size == 1:
-            return work()
-        if self.local_rank == 0:
-            result = self.together(work)
-            self.together(lambda: None)
-            return result
-        self.together(lambda: None)
-        return self.together(work)
-
 
 ALONE = Ranks()
 """A run of one process."""
@@ -155,3 +112,8 @@ def connect(*, time_parallel: int, local_rank: int, local_size: int, timeout: ti
             group = dist.new_group(list(members), timeout=timeout)
             of_this_rank = group if hosts.rank() in members else of_this_rank
     return Ranks(hosts=hosts, time_group=of_this_rank, local_rank=local_rank, local_size=local_size)
+
+
+def count_devices(devices: int | str) -> int:
+    """Processes that a recipe's run.devices asks for on this machine."""
+    return max(1, torch.cuda.device_count()) if devices == "auto" else int(devices)

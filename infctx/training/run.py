@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from infctx.data.document import Document
 from infctx.data.step_source import StepSource
@@ -46,16 +46,18 @@ class LoopSettings:
 class Run:
     """The live objects of a run.
 
-    objective is what the engine returned; model is what it wraps. facts are written into every
-    checkpoint. save_adapter writes the adapter folder. set_names are those of the data sets by their index; with more
-    than one, the metrics have the loss of each. validation_set_names: those of the held-out documents' sets, where they
-    come from others. averaged: the average of the trained weights, where the run keeps one.
+    objective is what the engine returned; model is what it wraps. strategy: the engine's, by its name in a recipe. facts
+    are written into every checkpoint. save_adapter writes the adapter folder, where adapter_has_files, from whole
+    weights where those of the model are divided among ranks. set_names are those of the data sets by their index; with
+    more than one, the metrics have the loss of each. validation_set_names: those of the held-out documents' sets, where
+    they come from others. averaged: the average of the trained weights, where the run keeps one.
     """
 
     folder: Path
     model: Finch
     objective: nn.Module
     engine: Engine
+    strategy: str
     device: torch.device
     source: StepSource
     validation: Sequence[Document]
@@ -65,7 +67,8 @@ class Run:
     progress: Progress
     headline: Sequence[str]
     facts: Mapping[str, object]
-    save_adapter: Callable[[], None]
+    save_adapter: Callable[[Mapping[str, Tensor] | None], None]
+    adapter_has_files: bool
     trimmer: HeapTrimmer
     set_names: Sequence[str] = ("",)
     validation_set_names: Sequence[str] | None = None

@@ -47,3 +47,13 @@ def test_what_a_killed_process_left_is_removed_and_the_rest_stays(tmp_path: Path
     remove_unfinished(tmp_path)
     # Process 1 lives.
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", ".tmp-1-adapter", "adapter"]
+
+
+def test_a_late_writer_of_an_earlier_attempt_finds_its_folder_gone(tmp_path: Path) -> None:
+    """On another machine it can have the same process number, and the same step to write."""
+    attempts: list[Path] = []
+    with pytest.raises(OSError, match="No space left"):
+        replace_directory(tmp_path / "step", lambda folder: (attempts.append(folder), failing(folder)))
+    replace_directory(tmp_path / "step", lambda folder: (attempts.append(folder), writing("two")(folder)))
+    assert attempts[0] != attempts[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["step"]

@@ -1,8 +1,6 @@
 """Checkpoints survive what happens to machines: kills, failing disks, flipped bits, two runs in one folder."""
 
-import builtins
 import contextlib
-import io
 import json
 import os
 import random
@@ -10,9 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,7 +69,7 @@ def test_round_trip_and_layout(tmp_path):
         [MANIFEST_NAME, "state.json", *(f"{group}.safetensors" for group in groups)]
     )
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000100\n"
-    assert json.loads((path / "state.json").read_text())["schema"] == 1
+    assert json.loads((path / "state.json").read_text())["schema"] == 2
     assert load(tmp_path).skipped == []
 
 
@@ -157,22 +153,40 @@ def test_all_damaged_names_each_with_its_reason(tmp_path):
     assert "step-000001: damaged: state.json has 2 bytes; expected" in str(caught.value)
 
 
-@pytest.mark.parametrize("file", ["state.json", MANIFEST_NAME])
-def test_a_newer_schema_stops_and_is_never_replaced(tmp_path, file):
-    save_run_state(tmp_path, make_state(1))
-    path = save_run_state(tmp_path, make_state(2))
+def set_schema(path: Path, file: str, schema: int) -> None:
     content = json.loads((path / file).read_text())
-    content["schema"] = 2
+    content["schema"] = schema
     (path / file).write_text(json.dumps(content))
     if file == "state.json":
         (path / MANIFEST_NAME).unlink()
         write_manifest(path)
-    with pytest.raises(CheckpointError, match=r"has schema 2; this infctx reads up to 1"):
+
+
+@pytest.mark.parametrize(("file", "known"), [("state.json", 2), (MANIFEST_NAME, 1)])
+def test_a_newer_schema_stops_and_is_never_replaced(tmp_path, file, known):
+    save_run_state(tmp_path, make_state(1))
+    path = save_run_state(tmp_path, make_state(2))
+    set_schema(path, file, known + 1)
+    with pytest.raises(CheckpointError, match=rf"has schema {known + 1}; this infctx reads up to {known}"):
         load_run_state(tmp_path)
     before = snapshot(path)
     with contextlib.suppress(CheckpointError):
         save_run_state(tmp_path, make_state(2))
     assert snapshot(path) == before
+
+
+def test_a_checkpoint_of_an_older_infctx_is_named_as_such(tmp_path):
+    """It is not taken for damaged, and nothing older or newer quietly takes its place."""
+    for step in (1, 2):
+        path = save_run_state(tmp_path, make_state(step))
+    set_schema(path, "state.json", 1)
+    with pytest.raises(CheckpointError, match=r"written by an older infctx.* with the infctx that wrote it") as caught:
+        load_run_state(tmp_path)
+    assert "damaged" not in str(caught.value)
+    path = save_run_state(tmp_path, make_state(3))
+    (path / "rng.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"older infctx(.|\n)*step-000003: damaged: rng.safetensors"):
+        load_run_state(tmp_path)
 
 
 def test_leftovers_of_dead_processes_are_removed_and_others_stay(tmp_path):
@@ -283,63 +297,7 @@ def test_replace_directory_refuses_and_cleans_up(tmp_path):
 # ---------------------------------------------------------------- failing calls and kills
 
 
-@pytest.fixture
-def in_memory(tmp_path):
-    """A folder in memory where there is one: a kill loses nothing written, and hundreds of fsyncs take time."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else tmp_path) as folder:
-        yield Path(folder)
-
-
-WATCHED = [(os, name) for name in ("fsync", "replace", "rename", "open", "mkdir", "unlink", "rmdir")]
-WATCHED += [(io, "open"), (builtins, "open")]
-
-
-class Written:
-    """A file whose writes are watched too."""
-
-    def __init__(self, file, watch: Callable[[], None]):
-        self._file, self._watch = file, watch
-
-    def write(self, content):
-        self._watch()
-        return self._file.write(content)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *details):
-        self._file.close()
-
-    def __getattr__(self, name):
-        return getattr(self._file, name)
-
-
-@contextlib.contextmanager
-def at_call(number: int, act: Callable[[], None], *, and_after: bool = False):
-    """Call `act` before the `number`-th system call that changes or opens a file; yields the counter of such calls."""
-    count = [0]
-
-    def watch() -> None:
-        count[0] += 1
-        if count[0] == number or (and_after and count[0] > number):
-            act()
-
-    def watched(function):
-        def call(*arguments, **options):
-            watch()
-            result = function(*arguments, **options)
-            is_written = function is io.open and isinstance(result, io.BufferedWriter | io.TextIOWrapper)
-            return Written(result, watch) if is_written else result
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name in WATCHED:
-            patch.setattr(module, name, watched(getattr(module, name)))
-        yield count
-
-
-def count_calls(folder: Path) -> int:
+def count_calls(folder: Path, at_call: Callable[..., contextlib.AbstractContextManager[list[int]]]) -> int:
     """How many watched calls the third save of a run makes; it writes, verifies, names and removes."""
     for step in (1, 2):
         save_run_state(folder, make_state(step))
@@ -352,8 +310,8 @@ def fail() -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_any_call_may_fail(in_memory):
-    num_calls = count_calls(in_memory / "count")
+def test_any_call_may_fail(in_memory, at_call):
+    num_calls = count_calls(in_memory / "count", at_call)
     assert num_calls > 40
     num_failed_saves = 0
     for number in range(1, num_calls + 1):
@@ -377,9 +335,9 @@ def test_any_call_may_fail(in_memory):
     assert num_failed_saves > num_calls * 0.8
 
 
-def test_a_disk_that_stays_broken(in_memory):
+def test_a_disk_that_stays_broken(in_memory, at_call):
     """From some call on everything fails, the clean-up as well; when the disk is back, so is the run."""
-    num_calls = count_calls(in_memory / "count")
+    num_calls = count_calls(in_memory / "count", at_call)
     for number in range(1, num_calls + 1, 2):
         folder = in_memory / str(number)
         for step in (1, 2):
@@ -450,21 +408,6 @@ def test_a_checkpoint_that_does_not_read_back_replaces_nothing(tmp_path, monkeyp
     assert load(tmp_path).state.step == 2
 
 
-def in_child(act: Callable[[], None]) -> int:
-    """Fork; the child runs `act` and ends without running anything of pytest's."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            torch.set_num_threads(1)
-            act()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    return pid
-
-
 def assert_survived(folder: Path) -> int:
     """After a kill: `latest` is whole and names a checkpoint, no checkpoint is in pieces, and the newest loads."""
     latest = folder / "checkpoints" / "latest"
@@ -484,8 +427,8 @@ def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_killed_at_every_call(in_memory):
-    num_calls = count_calls(in_memory / "count")
+def test_killed_at_every_call(in_memory, at_call, in_child):
+    num_calls = count_calls(in_memory / "count", at_call)
     for number in range(1, num_calls + 1):
         folder = in_memory / str(number)
         for step in (1, 2):
@@ -502,7 +445,7 @@ def test_killed_at_every_call(in_memory):
         assert names_in(folder) == ["latest", "step-000002", "step-000003"]
 
 
-def test_killed_at_random_instants(in_memory):
+def test_killed_at_random_instants(in_memory, in_child):
     random_source = random.Random(11)
     step = 1
     start = time.perf_counter()
@@ -553,7 +496,7 @@ def test_a_longer_name_left_in_the_lock_is_gone(tmp_path):
     assert (tmp_path / ".lock").read_text() == ""
 
 
-def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, in_child):
     def hold() -> None:
         with RunLock(tmp_path / "run"):
             (tmp_path / "ready").touch()
@@ -571,7 +514,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
         assert f"pid {os.getpid()} " in (tmp_path / "run" / ".lock").read_text()
 
 
-def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
+def test_a_forked_worker_does_not_keep_the_lock(tmp_path, in_child):
     with RunLock(tmp_path):
         worker = in_child(lambda: time.sleep(60))
     try:
@@ -582,7 +525,7 @@ def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
         os.waitpid(worker, 0)
 
 
-def test_the_worker_of_a_killed_run_does_not_keep_the_lock(tmp_path):
+def test_the_worker_of_a_killed_run_does_not_keep_the_lock(tmp_path, in_child):
     worker_file = tmp_path / "worker"
 
     def work() -> None:
@@ -608,7 +551,7 @@ def test_the_worker_of_a_killed_run_does_not_keep_the_lock(tmp_path):
         os.kill(worker, signal.SIGKILL)
 
 
-def test_races_have_one_winner(tmp_path):
+def test_races_have_one_winner(tmp_path, in_child):
     for race in range(20):
         folder = tmp_path / str(race)
         start, won = tmp_path / f"start{race}", tmp_path / f"won{race}"

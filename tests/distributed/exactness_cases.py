@@ -51,11 +51,19 @@ class Case:
 
 def make_model(case: Case) -> Finch:
     model = random_finch(
-        case.version, n_layer=2, n_embd=16, dim_ffn=29, vocab_size=VOCAB_SIZE, dtype=DTYPES[case.dtype], has_initial_state=True
+        case.version,
+        n_layer=2,
+        n_embd=16,
+        dim_ffn=29,
+        vocab_size=VOCAB_SIZE,
+        dtype=DTYPES[case.dtype],
+        has_initial_state=True,
     )
     torch.manual_seed(5)
     if case.adapter == "lora":
-        settings = PeftSettings(kind="lora", targets=["key", "value", "output"], rank=3, alpha=6.0, train_also=["*norm*"])
+        settings = PeftSettings(
+            kind="lora", targets=["key", "value", "output"], rank=3, alpha=6.0, train_also=["*norm*"]
+        )
         ATTACH["lora"](model, settings, frozen_dtype=DTYPES[case.dtype])
         with torch.no_grad():
             for name, parameter in model.named_parameters():

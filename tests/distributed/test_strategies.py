@@ -16,8 +16,7 @@ from tests.distributed.processes import run_ranks
 
 WORKER = str(Path(__file__).with_name("exactness_worker.py"))
 # Relative, of each tensor. float32: what the same terms added up in another order differ by.
-GRADIENT_BOUND = {"fp32": 1e-6, "fp64": 1e-10}
-WEIGHT_BOUND = {"fp32": 1e-6, "fp64": 1e-10}
+BOUND = {"fp32": 1e-6, "fp64": 1e-10}
 
 
 def cases_of(strategy: str, ranks: int, **shared: object) -> list[Case]:
@@ -48,9 +47,14 @@ def cases_of(strategy: str, ranks: int, **shared: object) -> list[Case]:
 
 def run_cases(cases: list[Case], folder: Path, *, seconds: float = 250.0) -> dict[str, tuple[dict[str, Tensor], dict]]:
     """Run the cases as ranks of their own."""
-    run_ranks([WORKER, json.dumps([asdict(case) for case in cases]), str(folder)], ranks=cases[0].ranks, seconds=seconds)
+    run_ranks(
+        [WORKER, json.dumps([asdict(case) for case in cases]), str(folder)], ranks=cases[0].ranks, seconds=seconds
+    )
     return {
-        case.name: (load_file(folder / f"{case.name}.safetensors"), json.loads((folder / f"{case.name}.json").read_text()))
+        case.name: (
+            load_file(folder / f"{case.name}.safetensors"),
+            json.loads((folder / f"{case.name}.json").read_text()),
+        )
         for case in cases
     }
 
@@ -87,7 +91,9 @@ def check(cases: list[Case], folder: Path) -> None:
         errors = worst_errors(found, expected)
         line = f"{case.name}: {errors} {case}"
         table.append(line)
-        is_exact = errors["gradient"][0] <= GRADIENT_BOUND[case.dtype] and errors["weight"][0] <= WEIGHT_BOUND[case.dtype]
+        is_exact = (
+            errors["gradient"][0] <= GRADIENT_BOUND[case.dtype] and errors["weight"][0] <= WEIGHT_BOUND[case.dtype]
+        )
         for key, values in expected_report.items():
             numbers = [[-1.0 if value is None else value for value in series] for series in (report[key], values)]
             is_exact &= torch.allclose(*map(torch.tensor, numbers), rtol=2e-6)

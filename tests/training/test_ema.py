@@ -36,8 +36,8 @@ def test_average_by_its_formula(make_finch: Callable[..., Finch]) -> None:
     model.head.to(torch.bfloat16)
     averaged = AveragedWeights(model, decay=DECAY)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    assert averaged.to_tensors().keys() == before.keys() - {"embedding.weight"}
-    assert all(torch.equal(tensor, before[name].float()) for name, tensor in averaged.to_tensors().items())
+    assert averaged.averages.keys() == before.keys() - {"embedding.weight"}
+    assert all(torch.equal(tensor, before[name].float()) for name, tensor in averaged.averages.items())
     history = []
     for _ in range(7):
         with torch.no_grad():
@@ -46,23 +46,23 @@ def test_average_by_its_formula(make_finch: Callable[..., Finch]) -> None:
         averaged.update_()
         history.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
         for name, expected in average_of(history).items():
-            found = averaged.to_tensors()[name]
+            found = averaged.averages[name]
             assert found.dtype == torch.float32
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     assert averaged.num_updates == 7
     # In place and out again, to the bit.
     with averaged.in_place():
         for name, parameter in model.named_parameters():
-            expected = averaged.to_tensors().get(name, before[name])
+            expected = averaged.averages.get(name, before[name])
             assert torch.equal(parameter, expected.to(parameter.dtype))
     assert all(torch.equal(p, history[-1].get(name, before[name])) for name, p in model.named_parameters())
     # And on from there.
     again = AveragedWeights(model, decay=DECAY)
-    again.restore_(averaged.to_tensors(), num_updates=averaged.num_updates)
+    again.restore_(averaged.averages, num_updates=averaged.num_updates)
     for one in (averaged, again):
         one.update_()
-    expected = averaged.to_tensors()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.to_tensors().items())
+    expected = averaged.averages
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.averages.items())
 
 
 def test_what_a_run_averages_and_who_takes_it(recipe: Callable[..., Recipe]) -> None:

@@ -292,6 +292,7 @@ def make_run(
         model=model,
         objective=objective,
         engine=engine,
+        strategy="single",
         device=engine.device,
         source=make_source(documents, mode, **SETTINGS, chunk_tokens=chunk_tokens),
         validation=[documents[8], documents[4], documents[3]],
@@ -312,7 +313,8 @@ def make_run(
         progress=SilentProgress(),
         headline=[],
         facts={"base_fingerprint": "of this test"},
-        save_adapter=lambda: None,
+        save_adapter=lambda whole: None,
+        adapter_has_files=False,
         trimmer=HeapTrimmer(engine.device),
         set_names=names,
     )
