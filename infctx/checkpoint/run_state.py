@@ -137,7 +137,7 @@ def _lead(final: Path, state: RunState, *, keep: int, share: Share) -> None:
     checkpoints.mkdir(parents=True, exist_ok=True)
     remove_unfinished(checkpoints)
     if _is_whole(final):
-        share({"folder": None})
+        _check_place(share({"folder": None, **_outline(state)}))
     else:
         set_aside(final)
         own: set[str] = set()
@@ -171,9 +171,9 @@ def _write_state(folder: Path, state: RunState, share: Share) -> dict[str, Manif
 def _follow(checkpoints: Path, state: RunState, rank: int, *, share: Share) -> None:
     """What every other rank does: a share for each of rank 0's."""
     told = share(_outline(state))
+    _check_place(told)
     if told[0]["folder"] is None:
         return
-    _check_place(told)
     folder = checkpoints / told[0]["folder"]
     deadline = time.monotonic() + _WAIT_FOR_FOLDER_SECONDS
     while not folder.is_dir():
