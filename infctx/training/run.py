@@ -46,8 +46,8 @@ class LoopSettings:
 class Run:
     """The live objects of a run.
 
-    objective is what the engine returned; model is what it wraps. strategy: the engine's, by its name in a recipe. facts
-    are written into every checkpoint. save_adapter writes the adapter folder, where adapter_has_files, from whole
+    objective is what the engine returned; model is what it wraps. strategy: the engine's, by its name in a recipe.
+    facts are written into every checkpoint. save_adapter writes the adapter folder, where adapter_has_files, from whole
     weights where those of the model are divided among ranks. set_names are those of the data sets by their index; with
     more than one, the metrics have the loss of each. validation_set_names: those of the held-out documents' sets, where
     they come from others. averaged: the average of the trained weights, where the run keeps one.

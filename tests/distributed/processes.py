@@ -47,12 +47,8 @@ def run_ranks(
         for process in started:
             process.kill()
     codes = [process.returncode for process in started]
-    told = [f"--- rank {rank}: {codes[rank]}
-{output[-4000:]}" for rank, output in enumerate(outputs)]
-    assert codes == [0] * ranks, "
-".join(told)
-        f"--- rank {r}: {c}\n{o[-4000:]}" for r, (c, o) in enumerate(zip(codes, outputs, strict=True))
-    )
+    told = [f"--- rank {rank}: {codes[rank]}\n{output[-4000:]}" for rank, output in enumerate(outputs)]
+    assert codes == [0] * ranks, "\n".join(told)
     return outputs
 
 
