@@ -18,22 +18,10 @@ import typer
 
 from infctx.cli_adapter import adapter_app
 from infctx.cli_export import convert, export
-from infctx.cli_output import (
-    EXIT_BUG,
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    EXIT_MACHINE,
-    EXIT_STOPPED,
-    EXIT_USER,
-    LARGEST_SEED,
-    AsJson,
-    answer,
-    leave,
-    say,
-    shown,
-)
+from infctx.cli_output import LARGEST_SEED, AsJson, answer, leave, say, shown
 from infctx.cli_surgery import model_app
 from infctx.errors import CheckpointError, InfctxError, MachineError, machine_fault
+from infctx.exit_codes import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_MACHINE, EXIT_STOPPED, EXIT_USER
 
 if TYPE_CHECKING:
     from infctx.trained import TrainedModel
