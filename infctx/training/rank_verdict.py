@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 
 # How a rank has ended, as it tells the others; empty while it runs.
 CLOSED, RELEASED, FAILED = "closed", "released", "failed: "
+# For a rank's first word, above what is allowed between two.
+COMING_SECONDS = 60.0
 _MOST_NAMED = 8
 
 
@@ -76,10 +78,12 @@ def judge(ranks: Sequence[Seen], now: float, *, dead_seconds: float, hang_second
         status = failed[0]
         return f"{status} failed at {status.place}: {status.end.removeprefix(FAILED)}."
     running = [seen for seen in ranks if not seen.status.end]
-    silent = [seen for seen in running if now - seen.heard > dead_seconds]
+    silent = [seen for seen in running if now - seen.heard > dead_seconds + (0 if seen.status.pid else COMING_SECONDS)]
     if silent:
         return _silence([seen.status for seen in silent], dead_seconds)
-    if not running or any(seen.status.is_patient for seen in running):
+    # Who is about to be found dead is not to be called slow.
+    is_open = any(seen.status.is_patient or now - seen.heard > dead_seconds / 3 for seen in running)
+    if is_open or not running:
         return None
     fewest = min(seen.status.moves for seen in running)
     seconds = now - max(seen.moved for seen in running if seen.status.moves == fewest)
@@ -114,7 +118,7 @@ def _hang(ranks: Sequence[Status], fewest: int, seconds: float) -> str:
 
 def _joined(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return " ".join(names[:_MOST_NAMED]) + more
+    return " and ".join(names[:_MOST_NAMED]) + more
 
 
 def _numbers(ranks: Sequence[int]) -> str:

@@ -104,7 +104,7 @@ class RankWatch:
 
     @contextmanager
     def patient(self, place: str) -> Iterator[None]:
-        """A phase whose length nobody knows; while a rank is in one, only death counts. Not every rank has to be in it."""
+        """A phase, perhaps of this rank only, whose length nobody knows; while a rank is in one, only death counts."""
         self._patience += 1
         moves, before = self._progress
         self._progress = (moves, place)
@@ -161,6 +161,8 @@ class RankWatch:
         """Tell and ask once; whether there is nothing left to say."""
         status = self._status()
         self._store.set(_key(self._rank), status.to_json())
+        if self._rank != 0 and status.end:
+            return True
         verdict, *texts = self._store.multi_get([_VERDICT, *(_key(seen.status.rank) for seen in self._seen)])
         now = time.monotonic()
         self._seen = [
@@ -169,15 +171,12 @@ class RankWatch:
         ]
         self._verdict = verdict.decode()
         if self._rank == 0:
-            return bool(status.end) and self._others_have_ended()
-        if self._seen[0].status.end == CLOSED and not status.end:
-            # The store goes with rank 0, which waits for an answer.
+            return bool(status.end) and all(seen.status.end for seen in self._seen[1:])
+        if self._seen[0].status.end == CLOSED and not self._end:
+            # The store goes with rank 0, which waits for this answer.
             self._end = RELEASED
             self._is_over.set()
-        return bool(status.end)
-
-    def _others_have_ended(self) -> bool:
-        return all(seen.status.end for seen in self._seen[1:])
+        return False
 
     def _look(self) -> None:
         alive_since = patient_until = looked = time.monotonic()
@@ -219,8 +218,12 @@ class RankWatch:
         text = ("\x1b[?25h\n" if os.isatty(2) else "") + " ".join(lines) + "\n"
         _within(2.0, lambda: os.write(2, text.encode(errors="replace")))
         if self._rank == 0:
-            until = time.monotonic() + 3 * self._beat_seconds
-            while not self._others_have_ended() and time.monotonic() < until:
+            # The store goes with this process; who is alive is to read the verdict first.
+            found = time.monotonic()
+            alive = [seen.status.rank for seen in self._seen[1:] if found - seen.heard < self._dead_seconds / 3]
+            while time.monotonic() < found + 3 * self._beat_seconds and any(
+                not self._seen[r].status.end for r in alive
+            ):
                 time.sleep(_POLL_SECONDS)
         else:
             released = replace(self._status(), end=RELEASED)
