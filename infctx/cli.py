@@ -18,22 +18,10 @@ import typer
 
 from infctx.cli_adapter import adapter_app
 from infctx.cli_export import convert, export
-from infctx.cli_output import (
-    EXIT_BUG,
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    EXIT_MACHINE,
-    EXIT_STOPPED,
-    EXIT_USER,
-    LARGEST_SEED,
-    AsJson,
-    answer,
-    leave,
-    say,
-    shown,
-)
+from infctx.cli_output import LARGEST_SEED, AsJson, answer, leave, say, shown
 from infctx.cli_surgery import model_app
 from infctx.errors import CheckpointError, InfctxError, MachineError, machine_fault
+from infctx.exit_codes import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_MACHINE, EXIT_STOPPED, EXIT_USER
 
 if TYPE_CHECKING:
     from infctx.trained import TrainedModel
@@ -290,9 +278,25 @@ def bench_kernels(
         leave(EXIT_BUG, "Nothing could be measured; the lines above say why.")
 
 
-@app.command(epilog="Example: infctx doctor")
-def doctor(as_json: AsJson = False) -> None:
-    """What this machine can do: devices, WKV6 backends, versions."""
+@app.command(epilog="Example: infctx doctor --distributed --processes 2")
+def doctor(
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="Check instead what several processes can do together.")
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Of --distributed; by default one for each GPU, or 2.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What this machine can do: devices, WKV6 backends, versions.
+
+    With --distributed, started by torchrun or srun, it checks the processes that these have started, on all machines.
+    """
+    if distributed:
+        _doctor_of_ranks(processes, as_json)
+        return
+    if processes is not None:
+        raise InfctxError("--processes means nothing without --distributed.")
     from infctx.doctor import machine_facts
 
     facts = machine_facts()
@@ -302,6 +306,24 @@ def doctor(as_json: AsJson = False) -> None:
             for name, value in entries.items():
                 print(f"  {name:<18} {shown(value)}")
     answer(facts, as_json)
+
+
+def _doctor_of_ranks(processes: int | None, as_json: bool) -> None:
+    from infctx.doctor_ranks import check_ranks, ranks_table, start_ranks
+    from infctx.launch import is_launched
+
+    if not is_launched(os.environ):
+        sys.exit(start_ranks(processes, as_json=as_json))
+    if processes is not None:
+        raise InfctxError("--processes: this process was started as one of several already. Leave the option out.")
+    found = check_ranks(os.environ)
+    if found is None:
+        return
+    if not as_json:
+        print(ranks_table(found))
+    answer(found, as_json)
+    if not found["is_right"]:
+        leave(EXIT_MACHINE, f"Wrong values, by rank: {found['wrong']}. Train nothing with these before that is mended.")
 
 
 @app.command("recipe-schema", epilog="Example: infctx recipe-schema > recipe.schema.json")

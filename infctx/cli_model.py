@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from infctx.cli_output import EXIT_USER, LARGEST_SEED, AsJson, answer, leave, say, shown
+from infctx.cli_output import LARGEST_SEED, AsJson, answer, leave, say, shown
 from infctx.errors import InfctxError
+from infctx.exit_codes import EXIT_USER
 
 model_app = typer.Typer(help="Make, inspect and rework models.", no_args_is_help=True, rich_markup_mode=None)
 

@@ -10,9 +10,6 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-EXIT_DONE, EXIT_BUG, EXIT_USER, EXIT_STOPPED, EXIT_MACHINE = 0, 1, 2, 3, 4
-# What shells report of a program that an interrupt ended: there was no checkpoint to write, or no time for it.
-EXIT_INTERRUPTED = 130
 LARGEST_SEED = 2**63 - 1
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
