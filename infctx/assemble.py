@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,25 @@ from infctx.adapters.quantized_base import quantize_, stored_bytes
 from infctx.checkpoint.atomic import remove_tree, remove_unfinished, write_file_atomically
 from infctx.checkpoint.model_file import ModelFile, read_model_file
 from infctx.checkpoint.run_lock import RunLock
+from infctx.checkpoint.writers import together
 from infctx.errors import MachineError, RecipeError, machine_fault
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
-from infctx.recipe.load import RECIPE_FILE, load_recipe, recipe_differences, write_recipe
+from infctx.model.time_parallel import TimeGroup
+from infctx.recipe.load import RECIPE_FILE, write_recipe
 from infctx.recipe.optimizer_section import DECAY_FRACTION
 from infctx.recipe.schema import Recipe
 from infctx.run_adapter import adapter_writer, attach_adapter, keep_start, read_start, start_digest, start_of
-from infctx.run_data import RunData, Say, data_from_anywhere, open_data, step_source
+from infctx.run_data import RunData, Say, open_data, step_source
+from infctx.run_folder import (
+    RESULT_FILE,
+    RESULT_KEYS,
+    as_begun,
+    beside,
+    finished_result,
+    from_anywhere,
+    last_checkpoint,
+)
 from infctx.training.activation_memory import should_recompute
 from infctx.training.averaged_weights import AveragedWeights
 from infctx.training.boundary_store import BoundaryPlan, choose_store, free_bytes, free_host_bytes, state_bytes
@@ -38,29 +49,18 @@ from infctx.training.loop import train
 from infctx.training.loss import LossTerms
 from infctx.training.metrics import MetricsLog
 from infctx.training.optim import LearningRate, make_optimizer, moment_bytes, parameter_groups
-from infctx.training.progress import LoggedProgress, Progress
+from infctx.training.progress import LoggedProgress, Progress, SilentProgress
+from infctx.training.ranks import ALONE, Ranks, count_devices
 from infctx.training.run import LoopSettings, Run
 from infctx_kernels import BackendError, choose_backend
 
-RESULT_FILE = "result.json"
 LOG_FILE = "run.log"
 LEDGER_FILE = "ledger.json"
 BOUNDARY_FOLDER = "boundaries"
-# Where things are kept and for how long; nothing that is computed.
-FREE_KEYS = (
-    "bptt.activations",
-    "bptt.boundaries",
-    "bptt.thin_boundaries",
-    "data.cache",
-    "data.workers",
-    "run.checkpoint_minutes",
-    "run.keep_checkpoints",
-)
-RESULT_KEYS = ("steps", "train_loss", "val_loss", "first_val_loss", "tokens", "folder")
 
 
 def run_recipe(recipe: Recipe, progress: Progress, *, fresh: bool = False) -> dict[str, Any]:
-    """Train a recipe to its end, or continue it where its folder left off.
+    """Train a recipe to its end, or continue it where its folder left off; every process of a run calls this.
 
     Args:
         fresh: leave a used run folder alone and begin beside it.
@@ -69,45 +69,145 @@ def run_recipe(recipe: Recipe, progress: Progress, *, fresh: bool = False) -> di
     Raises:
         MachineError: the disk or the memory failed; names the last good checkpoint.
     """
-    recipe = _from_anywhere(recipe.resolved())
-    if fresh:
-        recipe = _beside(recipe)
-    folder = Path(recipe.run.folder)
-    recipe = _as_begun(folder, recipe)
-    if (finished := _result(folder)) is not None:
-        return {**finished, "already_finished": True}
+    recipe = from_anywhere(recipe.resolved())
+    # Who the others are has to be known before anything is looked at together.
+    engine = _open_engine(recipe) if is_spread(recipe) else None
+    ranks = ALONE if engine is None else engine.ranks
     try:
-        # Everything that can be wrong with the recipe, the model or the data is found before the folder is made.
-        parts = _open_parts(recipe, _quietly(progress.message))
-        folder.mkdir(parents=True, exist_ok=True)
-        with RunLock(folder):
-            return _run_in_folder(recipe, parts, progress, folder)
+        result = _run_as_rank(recipe, engine, ranks, progress if ranks.is_first else SilentProgress(), fresh=fresh)
+    except BaseException as error:
+        ranks.fail(error)
+        raise
+    ranks.close()
+    return result
+
+
+def is_spread(recipe: Recipe) -> bool:
+    """Whether a run of the recipe has more than one process."""
+    run = recipe.run
+    return run.strategy not in ("auto", "single") or run.num_nodes > 1 or count_devices(run.devices) > 1
+
+
+def _open_engine(recipe: Recipe) -> FabricEngine:
+    run = recipe.run
+    return open_engine(
+        devices=run.devices,
+        num_nodes=run.num_nodes,
+        strategy=run.strategy,
+        precision=run.precision,
+        time_parallel=run.time_parallel,
+        offload=run.offload,
+        deepspeed=run.deepspeed,
+        hang_seconds=run.hang_seconds,
+        last_words=lambda: last_checkpoint(Path(run.folder)),
+    )
+
+
+def _run_as_rank(
+    recipe: Recipe, engine: FabricEngine | None, ranks: Ranks, progress: Progress, *, fresh: bool
+) -> dict[str, Any]:
+    folder = Path(recipe.run.folder)
+    try:
+        with together(ranks) as share:
+            _check_same("recipe", share(recipe.to_mapping()))
+            begun = _begin(recipe, fresh=fresh) if ranks.is_first else None
+            recipe, finished = share(begun)[0]
+            if finished is not None:
+                return {**finished, "already_finished": True}
+            folder = Path(recipe.run.folder)
+            # Everything that can be wrong with the recipe, the model or the data is found before the folder is made.
+            # On every machine one rank goes first: what it prepares on the disk, the others find there.
+            parts = None
+            for goes_first in (True, False):
+                if (ranks.local_rank == 0) == goes_first:
+                    with ranks.patient("opening the model and the data"):
+                        parts = _open_parts(recipe, engine or _open_engine(recipe), _quietly(progress.message))
+                share(None)
+            assert parts is not None
+            _check_same("model and data", share(_fingerprints(parts)))
+            if ranks.is_first:
+                folder.mkdir(parents=True, exist_ok=True)
+            with RunLock(folder) if ranks.is_first else contextlib.nullcontext():
+                finished = _enter_folder(recipe, parts, folder) if ranks.is_first else None
+                finished = share(finished)[0]
+                if finished is not None:
+                    return {**finished, "already_finished": True}
+                return _run_in_folder(recipe, parts, progress, folder)
     except Exception as error:
         fault = str(error) if isinstance(error, MachineError) else machine_fault(error)
         if fault is not None:
-            raise MachineError(f"{fault}\n{_last_checkpoint(folder)}") from error
+            said = MachineError(f"{fault}\n{last_checkpoint(folder)}")
+            said.is_told = getattr(error, "is_told", False)
+            raise said from error
         raise
 
 
-def _run_in_folder(recipe: Recipe, parts: _Parts, progress: Progress, folder: Path) -> dict[str, Any]:
+def _begin(recipe: Recipe, *, fresh: bool) -> tuple[Recipe, dict[str, Any] | None]:
+    """The recipe as it goes on in its folder, and the result where it has come to its end there."""
+    if fresh:
+        recipe = beside(recipe)
+    folder = Path(recipe.run.folder)
+    return as_begun(folder, recipe), finished_result(folder)
+
+
+def _check_same(what: str, of_ranks: Sequence[Mapping[str, object]]) -> None:
+    """Refuse ranks that would train something else than the first."""
+    for rank, other in enumerate(of_ranks):
+        if other != of_ranks[0]:
+            differing = [key for key, value in of_ranks[0].items() if other.get(key) != value]
+            pairs = [f"{key}: {of_ranks[0][key]} on rank 0, {other.get(key)} on rank {rank}" for key in differing]
+            raise RecipeError(
+                f"The {what} of rank {rank} differs from that of rank 0: {'; '.join(pairs)}. Give every machine the "
+                "same recipe, files and packages."
+            )
+
+
+def _fingerprints(parts: _Parts) -> dict[str, object]:
+    """What has to be the same on all ranks, in short."""
+    validation = parts.data.validation
+    return {
+        "model file": parts.model_file.fingerprint,
+        "start of the adapter": start_digest(start_of(parts.adapter)),
+        "training documents": parts.data.training.fingerprint,
+        "held-out documents": validation.fingerprint if validation else None,
+        "tokenizer": parts.data.tokenizer,
+        "infctx": infctx.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def _enter_folder(recipe: Recipe, parts: _Parts, folder: Path) -> dict[str, Any] | None:
+    """Write what a run folder begins with; the result where another process has brought the run to its end."""
     # Another process may have been here between the first look and the lock.
-    _as_begun(folder, recipe)
-    if (finished := _result(folder)) is not None:
-        return {**finished, "already_finished": True}
+    as_begun(folder, recipe)
+    if (finished := finished_result(folder)) is not None:
+        return finished
     remove_unfinished(folder)
     write_recipe(_with_choices(recipe, parts), folder / RECIPE_FILE)
     _write_json(folder / LEDGER_FILE, parts.data.account())
     keep_start(parts.adapter, folder, base_fingerprint=parts.model_file.fingerprint)
     # A killed run's boundaries are worth nothing to the next one.
     remove_tree(folder / BOUNDARY_FOLDER)
+    return None
+
+
+def _run_in_folder(recipe: Recipe, parts: _Parts, progress: Progress, folder: Path) -> dict[str, Any]:
+    ranks = parts.engine.ranks
+    logged = LoggedProgress(progress, folder / LOG_FILE) if ranks.is_first else progress
     try:
-        done = train(_assemble(recipe, parts, LoggedProgress(progress, folder / LOG_FILE)))
+        done = train(_assemble(recipe, parts, logged))
     finally:
-        remove_tree(folder / BOUNDARY_FOLDER)
+        remove_tree(_boundary_folder(folder, ranks))
     values = (done.step, done.train_loss, done.val_loss, done.first_val_loss, done.tokens, str(folder))
     result = dict(zip(RESULT_KEYS, values, strict=True))
-    _write_json(folder / RESULT_FILE, result)
+    if ranks.is_first:
+        remove_tree(folder / BOUNDARY_FOLDER)
+        _write_json(folder / RESULT_FILE, result)
     return {**result, "already_finished": False}
+
+
+def _boundary_folder(folder: Path, ranks: Ranks) -> Path:
+    return folder / BOUNDARY_FOLDER if ranks.size == 1 else folder / BOUNDARY_FOLDER / f"rank-{ranks.rank}"
 
 
 def _write_json(path: Path, value: object) -> None:
@@ -130,9 +230,10 @@ def check_recipe(
     Returns:
         What would be printed at the start of the run, and the comparison where it was asked for.
     """
-    recipe = _from_anywhere(recipe.resolved())
-    recipe = _as_begun(Path(recipe.run.folder), recipe)
-    parts = _open_parts(recipe, say)
+    recipe = from_anywhere(recipe.resolved())
+    recipe = as_begun(Path(recipe.run.folder), recipe)
+    # One process finds what is wrong with the recipe, and its gradient is that of many.
+    parts = _open_parts(recipe, open_engine(devices=1, strategy="single", precision=recipe.run.precision), say)
     lines = _headline(recipe, parts)
     if not with_gradient:
         return lines, None
@@ -173,8 +274,7 @@ def _quietly(say: Say) -> Say:
     return say_or_not
 
 
-def _open_parts(recipe: Recipe, say: Say) -> _Parts:
-    engine = open_engine(devices=recipe.run.devices, strategy=recipe.run.strategy, precision=recipe.run.precision)
+def _open_parts(recipe: Recipe, engine: FabricEngine, say: Say) -> _Parts:
     model_file = read_model_file(recipe.model.path, dtype=None)
     wanted = None if recipe.kernel.backend == "auto" else recipe.kernel.backend
     try:
@@ -200,13 +300,14 @@ def _open_parts(recipe: Recipe, say: Say) -> _Parts:
         backend=str(backend),
         num_base_parameters=num_base_parameters,
         base_in_words=base_in_words,
-        boundaries=_boundaries(recipe, model_file.model, data, engine.device),
+        boundaries=_boundaries(recipe, model_file.model, data, engine),
     )
 
 
 def _with_choices(recipe: Recipe, parts: _Parts) -> Recipe:
     """The recipe with what the model file and this machine decided."""
-    chosen = {"precision": parts.engine.precision, "devices": 1, "strategy": parts.engine.strategy}
+    engine = parts.engine
+    chosen = {"precision": engine.precision, "devices": engine.num_devices, "strategy": engine.strategy}
     return recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update={"tokenizer": parts.data.tokenizer}),
@@ -214,16 +315,6 @@ def _with_choices(recipe: Recipe, parts: _Parts) -> Recipe:
             "kernel": recipe.kernel.model_copy(update={"backend": parts.backend}),
         }
     )
-
-
-def _filled_in(recipe: Recipe, begun: Recipe) -> Recipe:
-    """The recipe with what `_with_choices` chose when the run began, where it says auto."""
-    sections = {}
-    for name, keys in (("data", ["tokenizer"]), ("run", ["precision", "devices", "strategy"]), ("kernel", ["backend"])):
-        now, then = getattr(recipe, name), getattr(begun, name)
-        open_keys = {key: getattr(then, key) for key in keys if getattr(now, key) == "auto"}
-        sections[name] = now.model_copy(update=open_keys)
-    return recipe.model_copy(update=sections)
 
 
 def _quantize(recipe: Recipe, model: Finch, device: torch.device) -> str:
@@ -241,6 +332,9 @@ def _set_up(recipe: Recipe, parts: _Parts) -> nn.Module:
     """The objective as the engine wraps it, which has the optimizer then."""
     model, section = parts.model_file.model, recipe.optimizer
     model.add_embedding_noise(section.embedding_noise, chunk_tokens=recipe.bptt.chunk_tokens)
+    ranks = parts.engine.ranks
+    if ranks.time_group is not None:
+        model.use_time_group(TimeGroup(ranks.time_group, rank=ranks.time_rank, size=ranks.time_size))
     terms = LossTerms(l2_wrap=section.l2_wrap, z_loss=section.z_loss, min_token_loss=section.min_token_loss)
     return parts.engine.setup(
         ChunkObjective(model, terms=terms), lambda: _optimizer(recipe, model, parts.engine.device)
@@ -278,13 +372,18 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
     decay = optimizer_section.ema_decay
     averaged = None if decay is None else AveragedWeights(model, decay=decay)
     is_recomputed = _choose_activations(recipe, parts, objective)
-    source = step_source(recipe, parts.data)
+    ranks = parts.engine.ranks
+    if ranks.rank > 0:
+        # What is drawn for dropout is drawn for tokens that no other rank has.
+        torch.manual_seed(int(torch.randint(2**62, (ranks.size,))[ranks.rank]))
+    source = step_source(recipe, parts.data, ranks=ranks)
     folder = Path(recipe.run.folder)
     return Run(
         folder=folder,
         model=model,
         objective=objective,
         engine=parts.engine,
+        strategy=parts.engine.strategy,
         device=parts.engine.device,
         source=source,
         validation=parts.data.validation or (),
@@ -321,8 +420,10 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
             "infctx": infctx.__version__,
             "torch": torch.__version__,
         },
+        adapter_has_files=parts.adapter.has_files,
         save_adapter=adapter_writer(
             parts.adapter,
+            model,
             folder / "adapter",
             base_fingerprint=parts.model_file.fingerprint,
             averaged=averaged,
@@ -332,17 +433,22 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
     )
 
 
-def _boundaries(recipe: Recipe, model: Finch, data: RunData, device: torch.device) -> BoundaryPlan:
+def _boundaries(recipe: Recipe, model: Finch, data: RunData, engine: FabricEngine) -> BoundaryPlan:
     """Where boundary states go, for the longest window of the run; refuses one that has no room."""
-    bptt, folder = recipe.bptt, Path(recipe.run.folder)
+    bptt, device = recipe.bptt, engine.device
+    folder = _boundary_folder(Path(recipe.run.folder), engine.ranks)
+    # Of the host and the disk, every rank of the machine wants as much.
+    sharers = engine.ranks.local_size
     longest = max(data.longest, recipe.data.pack_tokens or 0)
     num_chunks = -(-longest // bptt.chunk_tokens) if bptt.window == "document" else bptt.window
     one_state = state_bytes(ModelState.zeros(model.config, recipe.run.rows, dtype=torch.float32, device="meta"))
-    plan = BoundaryPlan(is_thinned=bptt.thin_boundaries, folder=folder / BOUNDARY_FOLDER)
+    plan = BoundaryPlan(is_thinned=bptt.thin_boundaries, folder=folder)
     needed = one_state * plan.most_kept(num_chunks)
-    where = choose_store(needed, device) if bptt.boundaries == "auto" else bptt.boundaries
+    where = choose_store(needed, device, sharers=sharers) if bptt.boundaries == "auto" else bptt.boundaries
     above = next(path for path in folder.absolute().parents if path.exists())
-    free = {"device": free_bytes(device), "host": free_host_bytes(), "disk": shutil.disk_usage(above).free}[where]
+    on_host = free_host_bytes() // sharers
+    on_device = on_host if device.type == "cpu" else free_bytes(device)
+    free = {"device": on_device, "host": on_host, "disk": shutil.disk_usage(above).free // sharers}[where]
     if needed > free:
         thinned = replace(plan, is_thinned=True)
         raise RecipeError(
@@ -356,19 +462,25 @@ def _boundaries(recipe: Recipe, model: Finch, data: RunData, device: torch.devic
 
 def _choose_activations(recipe: Recipe, parts: _Parts, objective: nn.Module) -> bool:
     """Whether each layer is computed again in the backward pass."""
-    model, wanted = parts.model_file.model, recipe.bptt.activations
-    if wanted == "auto":
+    model, wanted, ranks = parts.model_file.model, recipe.bptt.activations, parts.engine.ranks
+    if wanted == "auto" and parts.engine.divides_weights:
+        # Whoever divides weights is short of memory, and no rank can measure on its own.
+        is_recomputed = True
+    elif wanted == "auto":
         longest = parts.data.longest
         # A stream has documents one after another, however short.
         chunk = recipe.bptt.chunk_tokens if recipe.data.mode == "stream" else min(recipe.bptt.chunk_tokens, longest)
         model.train()
         is_recomputed = should_recompute(
-            objective,
+            # What an engine of many ranks wraps expects a backward pass after it.
+            objective if ranks.size == 1 else ChunkObjective(model),
             model,
-            tokens_at_once=recipe.run.rows * chunk,
+            tokens_at_once=-(-recipe.run.rows * chunk // ranks.time_size),
             device=parts.engine.device,
             moment_bytes=moment_bytes(recipe.optimizer.name, parts.engine.device),
         )
+        # Ranks that share a chunk have to go through it alike.
+        is_recomputed = bool(ranks.most(int(is_recomputed))[0])
     else:
         is_recomputed = wanted == "recompute"
     model.recompute_layers(is_recomputed)
@@ -401,8 +513,18 @@ def _headline(recipe: Recipe, parts: _Parts) -> list[str]:
         f"gradient   {window_in_words(recipe)}",
         f"machine    {parts.engine.device}, {parts.engine.precision}, WKV6 backend {parts.backend}"
         + (" (the fastest here)" if recipe.kernel.backend == "auto" else ""),
+        *([f"ranks      {_ranks_in_words(recipe, parts.engine)}"] if parts.engine.ranks.size > 1 else []),
         f"folder     {recipe.run.folder}",
     ]
+
+
+def _ranks_in_words(recipe: Recipe, engine: FabricEngine) -> str:
+    ranks, run = engine.ranks, recipe.run
+    machines = f" on {run.num_nodes} machines" if run.num_nodes > 1 else ""
+    offload = {"none": "", "optimizer": ", optimizer in host memory", "all": ", weights and optimizer in host memory"}
+    shared = f", {ranks.time_size} share each chunk" if ranks.time_size > 1 else ""
+    rows = run.rows * run.accumulate * ranks.data_size
+    return f"{ranks.size}{machines}, {engine.strategy}{offload[run.offload]}{shared}; {rows} rows a step"
 
 
 def window_in_words(recipe: Recipe) -> str:
@@ -413,75 +535,3 @@ def window_in_words(recipe: Recipe) -> str:
     if window == 1:
         return f"truncated at every chunk of {chunk:,} tokens; the state is carried on"
     return f"crosses {window} chunks = {window * chunk:,} tokens; the state is carried on"
-
-
-def _from_anywhere(recipe: Recipe) -> Recipe:
-    """The same recipe with paths that mean the same file from every working directory."""
-
-    def located(path: str) -> str:
-        path = os.path.expanduser(path)
-        return path if path.startswith("{") else os.path.abspath(path)
-
-    return recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update={"path": located(recipe.model.path)}),
-            "data": data_from_anywhere(recipe.data),
-            "run": recipe.run.model_copy(update={"folder": os.path.expanduser(recipe.run.folder)}),
-        }
-    )
-
-
-def _as_begun(folder: Path, recipe: Recipe) -> Recipe:
-    """The recipe as it goes on in this folder; refuses a folder of another recipe, or of something else.
-
-    What the recipe leaves open (precision, backend, tokenizer) stays what it was when the run began. What changes no
-    number (FREE_KEYS) may be changed: a run whose disk was full has to go on with other ones.
-    """
-    used = folder / RECIPE_FILE
-    if used.is_file():
-        begun = load_recipe(used)
-        recipe = _filled_in(recipe, begun)
-        # The folder may have been moved, or be spelt in another way.
-        in_its_folder = recipe.run.model_copy(update={"folder": begun.run.folder})
-        differences = recipe_differences(begun, recipe.model_copy(update={"run": in_its_folder}), but_not=FREE_KEYS)
-        if differences:
-            raise RecipeError(
-                f"{folder}: this run folder was made with another recipe:\n  "
-                + "\n  ".join(differences)
-                + "\nGive another run.folder, use the old values, or start beside it with --fresh."
-            )
-        return recipe
-    if folder.exists() and (not folder.is_dir() or any(entry.name != ".lock" for entry in folder.iterdir())):
-        raise RecipeError(f"run.folder: {folder} exists and is not a run folder. Give a new one.")
-    above = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise RecipeError(f"run.folder: {folder} cannot be made: {above} is not a folder that can be written.")
-    return recipe
-
-
-def _last_checkpoint(folder: Path) -> str:
-    """A sentence that names the checkpoint a run would go on from."""
-    try:
-        latest = (folder / "checkpoints" / "latest").read_text().strip()
-    except OSError:
-        return "There is no checkpoint of this run yet."
-    return f"The last good checkpoint is {folder / 'checkpoints' / latest}; the same command continues from it."
-
-
-def _beside(recipe: Recipe) -> Recipe:
-    folder = Path(recipe.run.folder)
-    number = 2
-    while folder.exists():
-        folder = Path(f"{recipe.run.folder}-{number}")
-        number += 1
-    run = recipe.run.model_copy(update={"folder": str(folder)})
-    return recipe.model_copy(update={"run": run})
-
-
-def _result(folder: Path) -> dict[str, Any] | None:
-    try:
-        result = json.loads((folder / RESULT_FILE).read_text())
-    except (OSError, ValueError):
-        result = None
-    # Missing or damaged: the run goes on from its last checkpoint and writes it again.
-    return result if isinstance(result, dict) and result.keys() == set(RESULT_KEYS) else None

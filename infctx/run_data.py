@@ -27,6 +27,7 @@ from infctx.data.tokenizer import Tokenizer, tokenizer_by_name, tokenizer_for_vo
 from infctx.errors import DataError, RecipeError
 from infctx.recipe.data_section import DataSection, SetSection, TemplateSection
 from infctx.recipe.schema import Recipe
+from infctx.training.ranks import ALONE, Ranks
 
 # Between two lines about a long preparation.
 SECONDS_BETWEEN_LINES = 5.0
@@ -190,7 +191,7 @@ def _order(training: DocumentSet, sources: Sequence[SetSection], recipe: Recipe)
     )
 
 
-def step_source(recipe: Recipe, data: RunData, *, rank: int = 0, world: int = 1) -> StepSource:
+def step_source(recipe: Recipe, data: RunData, *, ranks: Ranks = ALONE) -> StepSource:
     """The steps of a run; the recipe is resolved."""
     run = recipe.run
     shared: dict[str, Any] = {
@@ -202,8 +203,9 @@ def step_source(recipe: Recipe, data: RunData, *, rank: int = 0, world: int = 1)
         "steps": run.steps,
         "order": data.order,
         "token_dropout": recipe.optimizer.token_dropout,
-        "rank": rank,
-        "world": world,
+        "rank": ranks.data_rank,
+        "world": ranks.data_size,
+        "part": (ranks.time_rank, ranks.time_size),
     }
     if recipe.data.mode == "stream":
         assert isinstance(recipe.bptt.window, int)

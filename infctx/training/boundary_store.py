@@ -230,11 +230,15 @@ class Bank:
         self._stored.append(index)
 
 
-def choose_store(num_bytes: int, device: torch.device) -> Where:
-    """The fastest place with room for so many bytes of boundary states."""
+def choose_store(num_bytes: int, device: torch.device, *, sharers: int = 1) -> Where:
+    """The fastest place with room for so many bytes of boundary states.
+
+    Args:
+        sharers: processes that want as much of this machine's memory.
+    """
     if device.type == "cuda" and num_bytes <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
         return "device"
-    if num_bytes <= HOST_SHARE * free_host_bytes():
+    if num_bytes <= HOST_SHARE * free_host_bytes() / sharers:
         return "device" if device.type == "cpu" else "host"
     return "disk"
 

@@ -60,6 +60,9 @@ class FabricEngine(WholeWeights):
         self.ranks = settings["ranks"]
         self._offload: str = settings["offload"]
 
+    divides_weights = False
+    """Whether no process has a whole weight between two chunks."""
+
     @property
     def device(self) -> torch.device:
         """Where the chunks go, and the model while it computes."""
@@ -100,6 +103,8 @@ class FsdpEngine(FabricEngine):
 
     Gradients are exchanged in every backward pass, so that no process holds a whole one longer than a block takes.
     """
+
+    divides_weights = True
 
     def whole(self, part: Part, *, is_wanted: bool = True) -> Tensor | None:
         """All of a tensor, on the host; collected from all ranks."""
@@ -177,10 +182,12 @@ def open_engine(
     offload: str = "none",
     deepspeed: Mapping[str, Any] | None = None,
     hang_seconds: float = 1800.0,
+    last_words: Callable[[], str] = lambda: "",
 ) -> FabricEngine:
     """Find the devices, and meet the other processes of the run where there are any.
 
-    Args: as the keys of a recipe's run section. hang_seconds: after which what another rank does not answer fails.
+    Args:
+        as the keys of a recipe's run section. last_words: to end with where another rank is lost.
     Raises:
         RecipeError: there are not as many processes, or devices, as the recipe says, or a package is missing.
     """
@@ -221,7 +228,14 @@ def open_engine(
             plugins=[StatePreservingPrecision(), environment],
         )
         fabric.launch()
-    ranks = connect(time_parallel=time_parallel, local_rank=fabric.local_rank, local_size=num_devices, timeout=timeout)
+    ranks = connect(
+        time_parallel=time_parallel,
+        local_rank=fabric.local_rank,
+        local_size=num_devices,
+        address=environment.main_address,
+        hang_seconds=hang_seconds,
+        last_words=last_words,
+    )
     engines.append(_ENGINES[chosen](fabric, ranks=ranks, **settings))
     return engines[0]
 

@@ -224,6 +224,7 @@ def _gradient_that_fits(
 
     def before_chunk(tell: Callable[[], StepPlace]) -> None:
         run.trimmer.tick()
+        run.engine.ranks.at(f"step {done.step + 1}")
         stop, is_due = run.engine.ranks.most(signals.number, int(saver.is_due))
         if stop or is_due:
             _note(run, place, tell())

@@ -6,12 +6,16 @@ All of it goes over a group of the hosts (gloo), whatever the devices use: a GPU
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from infctx.training.rank_watch import RankWatch, host_store, join_store
 
 T = TypeVar("T")
 
@@ -26,6 +30,7 @@ class Ranks:
         hosts: all of them, as a group of gloo; None = this process is alone.
         time_group: those that share this one's documents, as a group of the devices; None = nobody else.
         local_rank, local_size: among the processes of this machine.
+        watch: over the others.
     """
 
     def __init__(
@@ -35,8 +40,9 @@ class Ranks:
         time_group: dist.ProcessGroup | None = None,
         local_rank: int = 0,
         local_size: int = 1,
+        watch: RankWatch | None = None,
     ) -> None:
-        self._hosts, self.time_group = hosts, time_group
+        self._hosts, self.time_group, self._watch = hosts, time_group, watch
         self.rank, self.size = (0, 1) if hosts is None else (hosts.rank(), hosts.size())
         self.local_rank, self.local_size = local_rank, local_size
         self.time_size = 1 if time_group is None else time_group.size()
@@ -90,18 +96,48 @@ class Ranks:
         if self._hosts is not None:
             dist.barrier(group=self._hosts)
 
+    def at(self, place: str) -> None:
+        """Say where this rank is, so that the others know where it hangs; all say it equally often."""
+        if self._watch is not None:
+            self._watch.at(place)
+
+    def patient(self, place: str) -> AbstractContextManager[None]:
+        """A phase whose length nobody knows."""
+        return nullcontext() if self._watch is None else self._watch.patient(place)
+
+    def close(self) -> None:
+        """This rank ends in good order."""
+        if self._watch is not None:
+            self._watch.close()
+
+    def fail(self, error: BaseException) -> None:
+        """This rank ends with an error; where that follows from a lost rank, say which, and do not return."""
+        if self._watch is not None:
+            self._watch.fail(error)
+
 
 ALONE = Ranks()
 """A run of one process."""
 
 
-def connect(*, time_parallel: int, local_rank: int, local_size: int, timeout: timedelta) -> Ranks:
+def connect(
+    *,
+    time_parallel: int,
+    local_rank: int,
+    local_size: int,
+    address: str,
+    hang_seconds: float,
+    last_words: Callable[[], str],
+) -> Ranks:
     """The ranks of the process group that is there; every process calls this once.
 
     Args:
         time_parallel: ranks that share a document; divides the number of ranks.
-        timeout: after which what is not answered fails.
+        address: of the first rank's machine, as the others reach it.
+        hang_seconds, last_words: see `RankWatch`.
     """
+    # The watch is the first to say what is wrong; a collective that fails by itself knows less.
+    timeout = timedelta(seconds=2 * hang_seconds)
     hosts = dist.new_group(backend="gloo", timeout=timeout)
     assert hosts.size() % time_parallel == 0, f"{time_parallel} does not divide {hosts.size()}"
     of_this_rank = None
@@ -111,7 +147,15 @@ def connect(*, time_parallel: int, local_rank: int, local_size: int, timeout: ti
             members = range(first, first + time_parallel)
             group = dist.new_group(list(members), timeout=timeout)
             of_this_rank = group if hosts.rank() in members else of_this_rank
-    return Ranks(hosts=hosts, time_group=of_this_rank, local_rank=local_rank, local_size=local_size)
+    port = [0]
+    if hosts.rank() == 0:
+        store = host_store(address, hosts.size())
+        port = [store.port]
+    dist.broadcast_object_list(port, src=0, group=hosts)
+    if hosts.rank() > 0:
+        store = join_store(address, port[0])
+    watch = RankWatch(store, rank=hosts.rank(), ranks=hosts.size(), hang_seconds=hang_seconds, last_words=last_words)
+    return Ranks(hosts=hosts, time_group=of_this_rank, local_rank=local_rank, local_size=local_size, watch=watch)
 
 
 def count_devices(devices: int | str) -> int:
