@@ -89,10 +89,11 @@ class TimeMix(nn.Module):
             wkv,
             starts=starts,
             start_state=self.initial_state,
+            backend=self.backend,
         )
         # While the ranks talk.
         receptance, gate = self.receptance(mixed.receptance).view(by_head), self.gate(mixed.gate)
-        output, new_wkv = sliced.run(receptance, self.bonus, backend=self.backend)
+        output, new_wkv = sliced.run(receptance, self.bonus)
         return output, gate, new_wkv
 
     def _mix(self, hidden: Tensor, shift: Tensor, starts: Tensor | None, *, work: torch.dtype) -> MixedInputs:

@@ -120,16 +120,17 @@ class SlicedWkv6:
         *,
         starts: Starts | None,
         start_state: Tensor | None,
+        backend: str | None,
     ) -> None:
         """Arguments as in `wkv6_from_raw_decay`, of this rank's slice; state: before the chunk, the same on each."""
         self._group, self._state, self._starts, self._start_state = group, state, starts, start_state
-        self._key, self._value, self._raw_decay = key, value, raw_decay
+        self._key, self._value, self._raw_decay, self._backend = key, value, raw_decay, backend
         decay, written = summarise_writes(
-            key, value, raw_decay, dtype=state.dtype, starts=starts, start_state=start_state
+            key, value, raw_decay, dtype=state.dtype, starts=starts, start_state=start_state, backend=backend
         )
         self._gathering = group.start_gather(torch.cat([written, decay[..., None]], dim=-1))
 
-    def run(self, receptance: Tensor, bonus: Tensor, *, backend: str | None) -> tuple[Tensor, LayerWkv]:
+    def run(self, receptance: Tensor, bonus: Tensor) -> tuple[Tensor, LayerWkv]:
         """The slice's output, and the state behind the chunk, bit for bit the same on every rank."""
         group = self._group
         every_slice = self._gathering.wait()  # [P, B, H, N, N + 1]
@@ -147,11 +148,10 @@ class SlicedWkv6:
             entering[group.rank],
             starts=self._starts,
             start_state=self._start_state,
-            backend=backend,
+            backend=self._backend,
         )
-        return _Join.apply(
-            output, own_after, self._state, after, receptance, self._raw_decay, self._starts, decays, group
-        )
+        constants = (after, decays, receptance, self._raw_decay, self._starts)
+        return _Join.apply(output, own_after, self._state, *constants, group, self._backend)
 
 
 class _Join(torch.autograd.Function):
@@ -163,23 +163,25 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, own_after: Tensor, state: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        after, receptance, raw_decay, starts, decays, group = arguments
-        ctx.group, ctx.dtype = group, state.dtype
-        ctx.save_for_backward(receptance, raw_decay, starts, decays)
+        after, *needed, ctx.group, ctx.backend = arguments
+        ctx.dtype = state.dtype
+        ctx.save_for_backward(*needed)
         return output, after
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, output_gradient: Tensor, after_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        receptance, raw_decay, starts, decays = ctx.saved_tensors
+        decays, receptance, raw_decay, starts = ctx.saved_tensors
         group = ctx.group
-        read = summarise_reads(receptance, output_gradient, raw_decay, dtype=ctx.dtype, starts=starts)
+        read = summarise_reads(
+            receptance, output_gradient, raw_decay, dtype=ctx.dtype, starts=starts, backend=ctx.backend
+        )
         every_read = group.gather(read)
         gradient, behind = after_gradient, []
         for rank in reversed(range(group.size)):
             behind.append(gradient)
             gradient = carry(gradient, decays[rank], every_read[rank])
-        return output_gradient, behind[group.size - 1 - group.rank], gradient, *[None] * 6
+        return output_gradient, behind[group.size - 1 - group.rank], gradient, *[None] * 7
 
 
 def bytes_per_chunk(config: FinchConfig, rows: int, ranks: int, *, hidden_bytes: int, is_backward: bool = False) -> int:
