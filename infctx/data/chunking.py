@@ -100,6 +100,27 @@ class Chunk:
             sets=None if self.sets is None else self.sets.to(device, non_blocking=True),
         )
 
+    def slice_of(self, rank: int, ranks: int) -> Chunk:
+        """The tokens that one of several ranks holds: nearly as many for each, in the order of the ranks.
+
+        `has_loss`, and whether `starts` is None, are those of the whole chunk, so that all ranks go the same way.
+
+        Args:
+            rank: 0 <= rank < ranks.
+            ranks: at most T, so that nobody is without a token.
+        """
+        num_tokens = self.tokens.shape[1]
+        assert 0 <= rank < ranks <= num_tokens, f"rank {rank} of {ranks}, {num_tokens} tokens"
+        place = slice(num_tokens * rank // ranks, num_tokens * (rank + 1) // ranks)
+        return replace(
+            self,
+            tokens=self.tokens[:, place],
+            targets=self.targets[:, place],
+            loss_weight=self.loss_weight[:, place],
+            starts=None if self.starts is None else self.starts[:, place],
+            sets=None if self.sets is None else self.sets[:, place],
+        )
+
 
 class CutWhenAsked(Sequence[Chunk]):
     """Chunks that are cut when they are asked for; a kind of them says how many there are, and cuts one."""

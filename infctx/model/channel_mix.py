@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from infctx.model.config import FinchConfig
 from infctx.model.linear import Linear
-from infctx.model.token_shift import token_shift
+from infctx.model.time_parallel import TimeGroup
+from infctx.model.token_shift import shift_behind, token_shift, vector_before
 from infctx.shapes import Activations, LayerShift, Starts
 from infctx_kernels import sigmoid_gate, squared_relu
 
@@ -26,16 +27,25 @@ class ChannelMix(nn.Module):
         # What a document's first token takes for the one before it; None = zeros.
         self.initial_shift: nn.Parameter | None = None
         self.surrounding_backend: str | None = None
+        # The ranks that hold the other slices of each chunk; None = this one has it whole.
+        self.time_group: TimeGroup | None = None
 
     def forward(self, hidden: Activations, shift: LayerShift, starts: Starts | None) -> tuple[Activations, LayerShift]:
         """Mix over channels; hidden is the block's normalised input. Returns the output and the new shift state."""
         backend = self.surrounding_backend
+        before, after = vector_before(hidden, shift, self.time_group)
         key_input, receptance_input = token_shift(
-            hidden, shift, self._weights(), starts=starts, start=self.initial_shift, backend=backend
+            hidden, before, self._weights(), starts=starts, start=self.initial_shift, backend=backend
         )
         value = self.value(squared_relu(self.key(key_input), backend=backend))
         output = sigmoid_gate(self.receptance(receptance_input), value, backend=backend)
-        return output, hidden[:, -1].to(shift.dtype)
+        return output, shift_behind(hidden, shift, after)
+
+    def advance(self, last: LayerShift, shift: LayerShift) -> LayerShift:
+        """The new shift state alone, from hidden at the last token."""
+        if self.time_group is None:
+            return last.to(shift.dtype)
+        return self.time_group.exchange(last, shift)[1]
 
     def _weights(self) -> Tensor:
         """How far the inputs of key and receptance move towards the token before, [2, C]."""

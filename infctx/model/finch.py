@@ -14,6 +14,7 @@ from infctx.model.catalog import BLOCK_PARTS
 from infctx.model.config import FinchConfig
 from infctx.model.linear import Linear
 from infctx.model.state import ModelState, state_dtype
+from infctx.model.time_parallel import TimeGroup
 from infctx.shapes import Activations, LayerShift, LayerWkv, Logits, Starts, Tokens
 from infctx_kernels import Backend
 
@@ -56,7 +57,7 @@ class Block(nn.Module):
         """The three new states alone: the channel mix's output is not computed, it has no part in them."""
         mixed, att_shift, wkv = self.time_mix(self.time_mix_norm(x), att_shift, wkv, starts)
         last = self.channel_mix_norm((x + mixed)[:, -1])
-        return wkv, att_shift, last.to(ffn_shift.dtype)
+        return wkv, att_shift, self.channel_mix.advance(last, ffn_shift)
 
 
 class Finch(nn.Module):
@@ -192,6 +193,16 @@ class Finch(nn.Module):
             block.time_mix.backend = name
             block.time_mix.surrounding_backend = self.surrounding_backend
             block.channel_mix.surrounding_backend = self.surrounding_backend
+
+    def use_time_group(self, group: TimeGroup | None) -> None:
+        """Take tokens for this rank's slice of a chunk that the group has together; None = for the chunk.
+
+        States, and their gradients, are those of the whole chunk on every rank; a rank's gradients of the parameters
+        are its slice's part.
+        """
+        for block in self.blocks:
+            block.time_mix.time_group = group
+            block.channel_mix.time_group = group
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.state_dtype, device=self.embedding.weight.device)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from infctx.model.config import FinchConfig
 from infctx.model.linear import Linear
-from infctx.model.token_shift import token_shift
+from infctx.model.time_parallel import SlicedWkv6, TimeGroup
+from infctx.model.token_shift import shift_behind, token_shift, vector_before
 from infctx.shapes import Activations, LayerShift, LayerWkv, Starts
 from infctx_kernels import group_norm_gate, wkv6_from_raw_decay
 from infctx_kernels.linear import linear
@@ -49,30 +50,51 @@ class TimeMix(nn.Module):
         self.initial_shift: nn.Parameter | None = None
         self.backend: str | None = None
         self.surrounding_backend: str | None = None
+        # The ranks that hold the other slices of each chunk; None = this one has it whole.
+        self.time_group: TimeGroup | None = None
 
     def forward(
         self, hidden: Activations, shift: LayerShift, wkv: LayerWkv, starts: Starts | None
     ) -> tuple[Activations, LayerShift, LayerWkv]:
         """Mix over time; hidden is the block's normalised input. Returns the output and the two new states."""
-        mixed = self._mix(hidden, shift, starts, work=wkv.dtype)
-        rows, num_tokens, _ = hidden.shape
+        before, after = vector_before(hidden, shift, self.time_group)
+        mixed = self._mix(hidden, before, starts, work=wkv.dtype)
+        output, gate, new_wkv = self._recur(mixed, wkv, starts)
+        norm = self.group_norm
+        gated = group_norm_gate(output, gate, norm.weight, norm.bias, eps=norm.eps, backend=self.surrounding_backend)
+        return self.output(gated), shift_behind(hidden, shift, after), new_wkv
+
+    def _recur(self, mixed: MixedInputs, wkv: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The recurrence's output [B, T, H, N], the gate [B, T, A] and the new state of the recurrence."""
+        rows, num_tokens, _ = mixed.key.shape
         by_head = (rows, num_tokens, self.n_head, self.head_size)
-        output, new_wkv = wkv6_from_raw_decay(
-            self.receptance(mixed.receptance).view(by_head),
+        if self.time_group is None:
+            output, new_wkv = wkv6_from_raw_decay(
+                self.receptance(mixed.receptance).view(by_head),
+                self.key(mixed.key).view(by_head),
+                self.value(mixed.value).view(by_head),
+                mixed.raw_decay.expand(rows, num_tokens, -1).view(by_head),
+                self.bonus,
+                wkv,
+                starts=starts,
+                start_state=self.initial_state,
+                backend=self.backend,
+            )
+            return output, self.gate(mixed.gate), new_wkv
+        sliced = SlicedWkv6(
+            self.time_group,
             self.key(mixed.key).view(by_head),
             self.value(mixed.value).view(by_head),
             mixed.raw_decay.expand(rows, num_tokens, -1).view(by_head),
-            self.bonus,
             wkv,
             starts=starts,
             start_state=self.initial_state,
             backend=self.backend,
         )
-        norm = self.group_norm
-        gated = group_norm_gate(
-            output, self.gate(mixed.gate), norm.weight, norm.bias, eps=norm.eps, backend=self.surrounding_backend
-        )
-        return self.output(gated), hidden[:, -1].to(shift.dtype), new_wkv
+        # While the ranks talk.
+        receptance, gate = self.receptance(mixed.receptance).view(by_head), self.gate(mixed.gate)
+        output, new_wkv = sliced.run(receptance, self.bonus)
+        return output, gate, new_wkv
 
     def _mix(self, hidden: Tensor, shift: Tensor, starts: Tensor | None, *, work: torch.dtype) -> MixedInputs:
         raise AssertionError("FinchTimeMix or EagleTimeMix")

@@ -1,10 +1,11 @@
-"""Token shift with a tuned vector in the place of the token before a document's first."""
+"""Token shift with a tuned vector in the place of the token before a document's first, and what crosses its borders."""
 
 from __future__ import annotations
 
 from jaxtyping import Float
 from torch import Tensor
 
+from infctx.model.time_parallel import TimeGroup
 from infctx.shapes import Activations, LayerShift, Starts
 from infctx_kernels import shifted_mix_unbound
 
@@ -35,3 +36,20 @@ def token_shift(
         amount = amount + dynamic
     missing = (start.to(hidden.dtype) * amount).masked_fill(~starts[..., None], 0.0)  # [M, B, T, C]
     return tuple(one + part for one, part in zip(mixed, missing, strict=True))
+
+
+def vector_before(
+    hidden: Activations, shift: LayerShift, group: TimeGroup | None
+) -> tuple[LayerShift, LayerShift | None]:
+    """What the first token here takes for the one before it, and what a time group says of the chunk's last one.
+
+    Args:
+        hidden: the normalised input of a mix, of the chunk, or with a time group of this rank's slice of it.
+        shift: the state before the chunk.
+    """
+    return (shift, None) if group is None else group.exchange(hidden[:, -1], shift)
+
+
+def shift_behind(hidden: Activations, shift: LayerShift, after: LayerShift | None) -> LayerShift:
+    """The new shift state: what the time group said, or without one hidden at the last token, in the state's dtype."""
+    return hidden[:, -1].to(shift.dtype) if after is None else after

@@ -139,6 +139,32 @@ def test_pieces_hold_the_same_and_never_cross_a_chunk(chunk_tokens: int, piece_t
     assert pieces.weight_total == sequence.weight_total
 
 
+@pytest.mark.parametrize(("num_tokens", "ranks"), [(11, 4), (4, 4), (7, 1), (9, 2)])
+def test_slices_hold_the_chunk_between_them_and_go_its_way(num_tokens: int, ranks: int) -> None:
+    weights = [0.0] * (num_tokens - 1) + [1.0]
+    row = whole(document_of(list(range(1, num_tokens + 1)), weights, set_index=1))
+    (chunk,) = chunk_rows([row, row], chunk_tokens=num_tokens, num_sets=2).chunks
+    slices = [chunk.slice_of(rank, ranks) for rank in range(ranks)]
+    for name in ("tokens", "targets", "loss_weight", "starts", "sets"):
+        assert torch.equal(torch.cat([getattr(one, name) for one in slices], dim=1), getattr(chunk, name))
+    lengths = [one.tokens.shape[1] for one in slices]
+    assert max(lengths) - min(lengths) <= 1
+    # Only the first has a start, and only the last a loss.
+    assert all(one.starts is not None and one.has_loss for one in slices)
+    assert [(one.index, one.num_sets) for one in slices] == [(0, 2)] * ranks
+    for wrong in ((0, num_tokens + 1), (-1, ranks), (ranks, ranks)):
+        with pytest.raises(AssertionError, match=r"rank .* tokens"):
+            chunk.slice_of(*wrong)
+
+
+def test_slices_of_a_chunk_without_starts_or_loss_have_none() -> None:
+    row = whole(document_of(list(range(8)), [0.0, 1.0, 1.0, 1.0] + [0.0] * 4))
+    chunk = chunk_rows([row], chunk_tokens=4).chunks[1]
+    for rank in range(2):
+        one = chunk.slice_of(rank, 2)
+        assert (one.starts, one.has_loss, one.sets) == (None, False, None)
+
+
 def test_chunks_are_a_sequence() -> None:
     chunks = chunk_rows([whole(document_of(range(10)))], chunk_tokens=4).chunks
     assert chunks[-1].tokens.tolist() == [[8, 9]]
