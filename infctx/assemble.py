@@ -38,6 +38,7 @@ from infctx.run_folder import (
     from_anywhere,
     last_checkpoint,
 )
+from infctx.spread import check_spread, is_spread
 from infctx.training.activation_memory import should_recompute
 from infctx.training.averaged_weights import AveragedWeights
 from infctx.training.boundary_store import BoundaryPlan, choose_store, free_bytes, free_host_bytes, state_bytes
@@ -50,8 +51,9 @@ from infctx.training.loss import LossTerms
 from infctx.training.metrics import MetricsLog
 from infctx.training.optim import LearningRate, make_optimizer, moment_bytes, parameter_groups
 from infctx.training.progress import LoggedProgress, Progress, SilentProgress
-from infctx.training.ranks import ALONE, Ranks, count_devices
+from infctx.training.ranks import ALONE, Ranks
 from infctx.training.run import LoopSettings, Run
+from infctx.training.signals import StopRequested
 from infctx_kernels import BackendError, choose_backend
 
 LOG_FILE = "run.log"
@@ -65,7 +67,8 @@ def run_recipe(recipe: Recipe, progress: Progress, *, fresh: bool = False) -> di
     Args:
         fresh: leave a used run folder alone and begin beside it.
     Returns:
-        steps, train_loss, val_loss, first_val_loss, tokens, folder; and already_finished, True where nothing was done.
+        steps, train_loss, val_loss, first_val_loss, tokens, folder; already_finished, True where nothing was done;
+        speaks, True in the process that tells people.
     Raises:
         MachineError: the disk or the memory failed; names the last good checkpoint.
     """
@@ -76,19 +79,18 @@ def run_recipe(recipe: Recipe, progress: Progress, *, fresh: bool = False) -> di
     try:
         result = _run_as_rank(recipe, engine, ranks, progress if ranks.is_first else SilentProgress(), fresh=fresh)
     except BaseException as error:
-        ranks.fail(error)
+        if isinstance(error, StopRequested) or getattr(error, "is_shared", False):
+            error.is_told = not ranks.is_first  # type: ignore[union-attr]
+            ranks.close()
+        else:
+            ranks.fail(error)
         raise
     ranks.close()
-    return result
-
-
-def is_spread(recipe: Recipe) -> bool:
-    """Whether a run of the recipe has more than one process."""
-    run = recipe.run
-    return run.strategy not in ("auto", "single") or run.num_nodes > 1 or count_devices(run.devices) > 1
+    return {**result, "speaks": ranks.is_first}
 
 
 def _open_engine(recipe: Recipe) -> FabricEngine:
+    check_spread(recipe)
     run = recipe.run
     return open_engine(
         devices=run.devices,
@@ -137,7 +139,8 @@ def _run_as_rank(
         fault = str(error) if isinstance(error, MachineError) else machine_fault(error)
         if fault is not None:
             said = MachineError(f"{fault}\n{last_checkpoint(folder)}")
-            said.is_told = getattr(error, "is_told", False)
+            if isinstance(error, MachineError):
+                said.is_shared, said.is_told = error.is_shared, error.is_told
             raise said from error
         raise
 

@@ -61,9 +61,18 @@ def train(
     """Train a recipe; started again in its run folder, continue it."""
     loaded = _load_recipe(recipe, overrides)
     from infctx.assemble import run_recipe
+    from infctx.launch import is_launched, launch
+    from infctx.spread import check_spread, is_spread, num_processes
     from infctx.training.progress import make_progress
 
+    if is_spread(loaded) and not is_launched(os.environ):
+        check_spread(loaded)
+        options = ["--fresh"] * fresh + ["--json"] * as_json
+        command = [sys.executable, "-m", "infctx.cli", "train", str(recipe), *(overrides or []), *options]
+        sys.exit(launch(command, processes=num_processes(loaded), num_nodes=loaded.run.num_nodes))
     result = run_recipe(loaded, make_progress(sys.stderr), fresh=fresh)
+    if not result.pop("speaks"):
+        return
     if result.pop("already_finished"):
         say(f"This run is finished: {result['folder']}. Nothing was done; --fresh starts another beside it.")
     before, after = result["first_val_loss"], result["val_loss"]
@@ -373,7 +382,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         app(args=arguments)
     except InfctxError as error:
-        leave(EXIT_USER, f"Error: {error}")
+        leave(EXIT_USER, "" if error.is_told else f"Error: {error}")
     except SystemExit as done:
         if done.code == EXIT_INTERRUPTED:
             leave(EXIT_INTERRUPTED, "Interrupted; nothing since the last checkpoint was saved.")
@@ -390,7 +399,10 @@ def _judge(error: Exception) -> tuple[int, str]:
     from infctx.training.signals import StopRequested
 
     if isinstance(error, StopRequested):
-        return EXIT_STOPPED, f"Stopped by {error}; a checkpoint is written. The same command continues the run."
+        told = f"Stopped by {error}; a checkpoint is written. The same command continues the run."
+        return EXIT_STOPPED, "" if error.is_told else told
+    if isinstance(error, MachineError) and error.is_told:
+        return EXIT_MACHINE, ""
     if isinstance(error, MachineError) or machine_fault(error) is not None:
         return EXIT_MACHINE, f"Error: {machine_fault(error) or error}"
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:

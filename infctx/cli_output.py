@@ -37,8 +37,9 @@ def shown(value: object) -> str:
 
 
 def leave(code: int, message: str) -> NoReturn:
-    """Tell a person why, and end with an exit code."""
-    say(message)
+    """Tell a person why, if there is anything to tell, and end with an exit code."""
+    if message:
+        say(message)
     sys.exit(code)
 
 

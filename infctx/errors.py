@@ -12,9 +12,10 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 class InfctxError(Exception):
     """Something the user can put right. The command line prints the message without a traceback and exits with 2.
 
-    is_told: another process of the same run prints it.
+    is_shared: every process of the run raises it. is_told: another process prints it.
     """
 
+    is_shared = False
     is_told = False
 
 
@@ -33,9 +34,10 @@ class CheckpointError(InfctxError):
 class MachineError(Exception):
     """The machine could not do what was asked: a full disk, no memory. The command line exits with 4.
 
-    is_told: another process of the same run prints it.
+    is_shared: every process of the run raises it. is_told: another process prints it.
     """
 
+    is_shared = False
     is_told = False
 
 

@@ -11,7 +11,7 @@ from infctx.errors import RecipeError
 from infctx.recipe.load import RECIPE_FILE, load_recipe, recipe_differences
 from infctx.recipe.schema import Recipe
 from infctx.run_data import data_from_anywhere
-from infctx.training.ranks import count_devices
+from infctx.spread import data_ranks
 
 RESULT_FILE = "result.json"
 RESULT_KEYS = ("steps", "train_loss", "val_loss", "first_val_loss", "tokens", "folder")
@@ -89,13 +89,6 @@ def _filled_in(recipe: Recipe, begun: Recipe) -> Recipe:
         now, then = getattr(recipe, name), getattr(begun, name)
         sections[name] = now.model_copy(update={key: getattr(then, key)}) if getattr(now, key) == "auto" else now
     return recipe.model_copy(update=sections)
-
-
-def data_ranks(recipe: Recipe) -> int:
-    """Processes, or groups of them that share each chunk, with rows of their own."""
-    run = recipe.run
-    devices = 1 if run.strategy == "single" else count_devices(run.devices)
-    return max(1, devices * run.num_nodes // run.time_parallel)
 
 
 def _with_as_many_rows(recipe: Recipe, begun: Recipe) -> Recipe:

@@ -63,8 +63,8 @@ def together(writers: Writers) -> Iterator[Share]:
 
     Raises:
         MachineError, CheckpointError or RuntimeError for a fault of a rank's machine, something the user can put right,
-        or a bug; rank 0's is the one to be printed (`is_told` on the others). The error itself for one process. What
-        the gather raises, if a rank is gone.
+        or a bug, marked `is_shared`, and `is_told` but on rank 0. The error itself for one process. What the gather
+        raises, if a rank is gone.
     """
     is_over = False
 
@@ -137,5 +137,5 @@ def _first_failure(said: Sequence[dict[str, Any]], *, rank: int) -> Exception | 
         first["message"] if is_of_all else first["where"] + first["message"]
     )
     if not isinstance(error, RuntimeError):
-        error.is_told = rank > 0
+        error.is_shared, error.is_told = True, rank > 0
     return error

@@ -189,13 +189,11 @@ def open_engine(
     Args:
         as the keys of a recipe's run section. last_words: to end with where another rank is lost.
     Raises:
-        RecipeError: there are not as many processes, or devices, as the recipe says, or a package is missing.
+        RecipeError: there are not as many processes as the recipe says.
     """
     available = torch.cuda.device_count()
     accelerator = "cuda" if available else "cpu"
     num_devices = count_devices(devices)
-    if available and num_devices > available:
-        raise RecipeError(f"run.devices: expected at most the {available} GPUs of this machine, got {num_devices}.")
     num_ranks = num_devices * num_nodes
     chosen = strategy if strategy != "auto" else ("single" if num_ranks == 1 else "ddp")
     settings: dict[str, Any] = {
@@ -204,10 +202,6 @@ def open_engine(
         "num_devices": num_devices,
         "offload": offload,
     }
-    if num_ranks % time_parallel:
-        raise RecipeError(
-            f"run.time_parallel: expected a divisor of run.devices × run.num_nodes = {num_ranks}, got {time_parallel}."
-        )
     if chosen == "single":
         # One process, whatever a scheduler's variables in the environment say of others.
         plugins = [StatePreservingPrecision(), LightningEnvironment()]

@@ -132,11 +132,13 @@ def _settle(run: Run, done: Done, place: Place, signals: StopSignals, saver: _Sa
     if is_lost or (is_ahead and done.step > 0 and _every(settings.checkpoint_every, done.step)):
         saver.save(done, place)
     if is_lost:
-        raise InfctxError(
+        error = InfctxError(
             f"step {done.step}: the gradient was not finite in {done.nonfinite_in_a_row} steps in a row, so the "
             f"weights are still those of step {done.step - done.nonfinite_in_a_row}; they are saved in "
             f"{run.folder / 'checkpoints'}. Lower optimizer.lr or look at the data."
         )
+        error.is_shared, error.is_told = True, not run.engine.ranks.is_first
+        raise error
 
 
 def _every(steps: int | None, step: int) -> bool:

@@ -8,7 +8,12 @@ from types import FrameType, TracebackType
 
 
 class StopRequested(Exception):
-    """A signal came; the step under way is abandoned, it has changed no weight."""
+    """A signal came; the step under way is abandoned, it has changed no weight.
+
+    is_told: every process of a run raises it, and another prints it.
+    """
+
+    is_told = False
 
 
 class StopSignals:

@@ -95,7 +95,7 @@ def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_rank_0_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(MachineError, match="Rank 1 on .* cannot reach rank 0 at 127.0.0.1, port"):
+    with pytest.raises(MachineError, match=r"Rank 1 on .* cannot reach rank 0 at 127\.0\.0\.1, port"):
         doctor_ranks.check_ranks(rank_environ(1, 2, free_port()), seconds=0.3)
 
 
