@@ -109,6 +109,7 @@ def _run_as_rank(
     recipe: Recipe, engine: FabricEngine | None, ranks: Ranks, progress: Progress, *, fresh: bool
 ) -> dict[str, Any]:
     folder = Path(recipe.run.folder)
+    lock = contextlib.ExitStack()
     try:
         with together(ranks) as share:
             _check_same("recipe", share(recipe.to_mapping()))
@@ -129,12 +130,12 @@ def _run_as_rank(
             _check_same("model and data", share(_fingerprints(parts)))
             if ranks.is_first:
                 folder.mkdir(parents=True, exist_ok=True)
-            with RunLock(folder) if ranks.is_first else contextlib.nullcontext():
-                finished = _enter_folder(recipe, parts, folder) if ranks.is_first else None
-                finished = share(finished)[0]
-                if finished is not None:
-                    return {**finished, "already_finished": True}
-                return _run_in_folder(recipe, parts, progress, folder)
+                lock.enter_context(RunLock(folder))
+                finished = _enter_folder(recipe, parts, folder)
+            finished = share(finished)[0]
+            if finished is not None:
+                return {**finished, "already_finished": True}
+        return _run_in_folder(recipe, parts, progress, folder)
     except Exception as error:
         fault = str(error) if isinstance(error, MachineError) else machine_fault(error)
         if fault is not None:
@@ -143,6 +144,8 @@ def _run_as_rank(
                 said.is_shared, said.is_told = error.is_shared, error.is_told
             raise said from error
         raise
+    finally:
+        lock.close()
 
 
 def _begin(recipe: Recipe, *, fresh: bool) -> tuple[Recipe, dict[str, Any] | None]:

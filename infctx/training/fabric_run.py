@@ -143,6 +143,8 @@ class FsdpEngine(FabricEngine):
         return (module for module in self._objective.modules() if hasattr(module, "set_requires_gradient_sync"))
 
     def _wrap(self, objective: ChunkObjective) -> nn.Module:
+        # A block gives out views of its activations, which nothing here writes to.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self._objective = objective
         return self._fabric.setup_module(objective)
 
@@ -286,12 +288,14 @@ def _choose_precision(wanted: str, *, on_cuda: bool) -> Precision:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hold back Fabric's advice about devices it was not asked to use."""
-    logger = logging.getLogger("lightning.fabric")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("lightning.fabric", "lightning_utilities.core.rank_zero")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

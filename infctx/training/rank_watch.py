@@ -180,9 +180,9 @@ class RankWatch:
 
     def _look(self) -> None:
         alive_since = patient_until = looked = time.monotonic()
-        while not self._is_over.wait(self._beat_seconds):
+        while not self._is_over.wait(self._beat_seconds / 4):
             now = time.monotonic()
-            if now - looked > self._beat_seconds + self._dead_seconds / 3:
+            if now - looked > self._dead_seconds / 3:
                 # This process was stopped and continued, perhaps with all others: nobody could be heard meanwhile.
                 alive_since = now
             looked = now
