@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -23,9 +24,12 @@ from torch import Tensor, nn
 
 from infctx.errors import RecipeError
 from infctx.training.bptt import ChunkObjective
+from infctx.training.deepspeed_config import deepspeed_config
 from infctx.training.engine import Part, WholeWeights
+from infctx.training.optimizer_state import Numbers
 from infctx.training.precision import Precision, apply_precision_, cast_parameters_
 from infctx.training.ranks import ALONE, connect, count_devices
+from infctx.training.zero_stages import DeepSpeedStages
 
 # Importing Lightning takes seconds, and it warns about things its users cannot change.
 with warnings.catch_warnings():
@@ -33,7 +37,7 @@ with warnings.catch_warnings():
     from lightning.fabric import Fabric
     from lightning.fabric.plugins import Precision as FabricPrecision
     from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
-    from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+    from lightning.fabric.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
 
 MakeOptimizer = Callable[[], torch.optim.Optimizer]
 
@@ -163,6 +167,102 @@ class FsdpEngine(FabricEngine):
         return fully_shard(objective, mesh=mesh, offload_policy=policy)
 
 
+@dataclass(frozen=True, slots=True)
+class _ZeroPart:
+    """A tensor that DeepSpeed has in pieces: a trained weight, or what the optimizer keeps for it."""
+
+    parameter: nn.Parameter
+    key: str | None = None
+    dtype: torch.dtype = torch.float32
+
+    def numel(self) -> int:
+        """Numbers of the whole."""
+        return getattr(self.parameter, "ds_numel", self.parameter.numel())
+
+
+class DeepSpeedEngine(FabricEngine):
+    """ZeRO of DeepSpeed, see `DeepSpeedStages`."""
+
+    # What there is of a gradient inside a step lies in another form in each stage.
+    stops_inside_steps = False
+
+    def __init__(self, fabric: Fabric, stages: DeepSpeedStages, **settings: Any) -> None:
+        super().__init__(fabric, **settings)
+        self._stages = stages
+        self.divides_weights = self.strategy == "deepspeed_3"
+
+    def setup(self, objective: ChunkObjective, make_optimizer: MakeOptimizer) -> nn.Module:
+        """Give weights their dtype, make the optimizer and divide both; call only what is returned."""
+        self._model = objective.model
+        apply_precision_(objective.model, self.precision)
+        optimizer = make_optimizer()
+        # In the order in which an optimizer's state is numbered.
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        with _quiet():
+            wrapped, self.optimizer = self._stages.setup(self._fabric, objective, optimizer)
+        return wrapped
+
+    def expect(self, *, is_last: bool) -> None:
+        """Say whether the backward pass that comes is the last of the step."""
+        self._stages.expect(is_last=is_last)
+
+    def backward(self, scalar: Tensor) -> None:
+        """Backward pass of one chunk's objective."""
+        self._stages.backward(scalar)
+
+    def update(self, clip: float | None) -> float:
+        """Clip and update, see `Engine`; of a gradient that is not finite the norm is given as inf."""
+        return self._stages.update(clip)
+
+    def forget_gradient(self) -> None:
+        """Begin a step, or begin it again."""
+        self._stages.forget_gradient()
+
+    def trained(self) -> dict[str, Part]:
+        """The trained weights by the names of the model."""
+        return {name: _ZeroPart(parameter) for name, parameter in self._named()}
+
+    def optimizer_state(self) -> tuple[dict[str, Part], Numbers]:
+        """The optimizer's tensors and numbers."""
+        parts: dict[str, Part] = {}
+        numbers: Numbers = {}
+        for index, parameter in enumerate(self._parameters):
+            for key, value in self._stages.optimizer_state(parameter).items():
+                place = f"{index}.{key}"
+                if isinstance(value, int | float):
+                    numbers[place] = value
+                else:
+                    parts[place] = _ZeroPart(parameter, key) if value is None else value
+        return parts, numbers
+
+    def whole(self, part: Part, *, is_wanted: bool = True) -> Tensor | None:
+        """All of a tensor, on the host; collected from all ranks."""
+        if not isinstance(part, _ZeroPart):
+            return super().whole(part, is_wanted=is_wanted)
+        if part.key is None:
+            whole = self._stages.full_parameter(part.parameter)
+        else:
+            whole = self._stages.full_state(part.parameter, part.key)
+        return whole if is_wanted else None
+
+    def whole_gradient(self, parameter: Tensor) -> Tensor | None:
+        """The gradient that the next update would use, on the host."""
+        assert isinstance(parameter, nn.Parameter)
+        return self._stages.full_gradient(parameter)
+
+    def load(self, trained: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Put whole tensors in place."""
+        parameters = dict(self._named())
+        for name, tensor in trained.items():
+            self._stages.load_parameter(parameters[name], tensor)
+        states: dict[int, dict[str, Any]] = {}
+        for place, value in [*optimizer.items(), *numbers.items()]:
+            index, key = place.split(".", 1)
+            states.setdefault(int(index), {})[key] = value
+        for index, state in sorted(states.items()):
+            self._stages.load_optimizer_state(self._parameters[index], state)
+
+
 def _part_of(parameter: Tensor, whole: Tensor) -> Tensor:
     """This rank's part of a whole tensor, divided as the parameter is; nothing is sent."""
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -214,7 +314,15 @@ def open_engine(
     environment = _environment(num_devices, num_nodes)
     timeout = timedelta(seconds=hang_seconds)
     engines: list[FabricEngine] = []
-    spread = _fabric_strategy(chosen, lambda: engines[0], num_ranks=num_ranks, timeout=timeout, offload=offload)
+    stages = None
+    if chosen.startswith("deepspeed"):
+        config = deepspeed_config(stage=int(chosen[-1]), offload=offload, extra=deepspeed)
+        stages, spread = DeepSpeedStages(config), _deepspeed_strategy(config, timeout=timeout)
+    elif chosen == "ddp":
+        # Gradients lie in the buckets they are sent from, and buffers never change.
+        spread = DDPStrategy(timeout=timeout, gradient_as_bucket_view=True, broadcast_buffers=False)
+    else:
+        spread = _fsdp_strategy(lambda: engines[0], num_ranks=num_ranks, timeout=timeout, offload=offload)
     with _quiet():
         fabric = Fabric(
             accelerator=accelerator,
@@ -232,20 +340,14 @@ def open_engine(
         hang_seconds=hang_seconds,
         last_words=last_words,
     )
-    engines.append(_ENGINES[chosen](fabric, ranks=ranks, **settings))
+    if stages is not None:
+        return DeepSpeedEngine(fabric, stages, ranks=ranks, **settings)
+    engines.append((DdpEngine if chosen == "ddp" else FsdpEngine)(fabric, ranks=ranks, **settings))
     return engines[0]
 
 
-_ENGINES = {"ddp": DdpEngine, "fsdp": FsdpEngine}
-
-
-def _fabric_strategy(
-    name: str, engine: Callable[[], Any], *, num_ranks: int, timeout: timedelta, offload: str
-) -> Strategy:
-    """Fabric's strategy of this name. engine: known by the time that a model is set up."""
-    if name == "ddp":
-        # Gradients lie in the buckets they are sent from, and buffers never change.
-        return DDPStrategy(timeout=timeout, gradient_as_bucket_view=True, broadcast_buffers=False)
+def _fsdp_strategy(engine: Callable[[], Any], *, num_ranks: int, timeout: timedelta, offload: str) -> Strategy:
+    """FSDP2 over all ranks. engine: known by the time that a model is set up."""
     # Where weights wait in host memory, so do the parts of the gradient whose norm is taken.
     backend = "cpu:gloo,cuda:nccl" if offload == "all" and torch.cuda.is_available() else None
     return ModelParallelStrategy(
@@ -255,6 +357,45 @@ def _fabric_strategy(
         process_group_backend=backend,
         timeout=timeout,
     )
+
+
+def _deepspeed_strategy(config: dict[str, Any], *, timeout: timedelta) -> Strategy:
+    """DeepSpeed's strategy of Fabric; on a CPU without Fabric's refusal, for tests.
+
+    That overrides private methods: look here when Lightning changes.
+    """
+    if torch.cuda.is_available():
+        return DeepSpeedStrategy(config=config, logging_level=logging.WARNING, timeout=timeout)
+    # DeepSpeed looks for it when it is imported.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+    class OnCpu(DeepSpeedStrategy):
+        def setup_environment(self) -> None:
+            self.accelerator.setup_device(self.root_device)
+            self._setup_distributed()
+
+        def _setup_distributed(self) -> None:
+            self._set_world_ranks()
+            self._init_deepspeed_distributed()
+            self._format_config()
+            self._config_initialized = True
+
+        def _initialize_engine(
+            self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, scheduler: object = None
+        ) -> tuple[Any, Any, Any]:
+            import deepspeed
+
+            assert scheduler is None, "the loop sets the rates"
+            engine, optimizer, _, _ = deepspeed.initialize(
+                config=self.config,
+                model=model,
+                model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+                optimizer=optimizer,
+                dist_init_required=False,
+            )
+            return engine, optimizer, None
+
+    return OnCpu(config=config, logging_level=logging.WARNING, timeout=timeout)
 
 
 def _environment(num_devices: int, num_nodes: int) -> Any:

@@ -28,6 +28,8 @@ def run_ranks(
         "NODE_RANK": "0",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        # DeepSpeed builds an extension on a CPU, with the ninja beside this Python.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         **(environment or {}),
     }
     started = [
