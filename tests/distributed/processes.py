@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +22,25 @@ def run_ranks(
 
     Fails the test where one does not end with 0, or in time.
     """
+    ended = end_ranks(arguments, ranks=ranks, seconds=seconds, environment=environment)
+    told = [f"--- rank {rank}: {end.code}\n{end.output[-4000:]}" for rank, end in enumerate(ended)]
+    assert all(end.code == 0 for end in ended), "\n".join(told)
+    return [end.output for end in ended]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """A rank that has ended. code: negative where a signal did it. seconds: from the start of all."""
+
+    code: int
+    output: str
+    seconds: float
+
+
+def end_ranks(
+    arguments: Sequence[str], *, ranks: int, seconds: float, environment: Mapping[str, str] | None = None
+) -> list[Ended]:
+    """Run `python arguments` as so many ranks until they end, however; fails the test where that takes too long."""
     shared = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
@@ -42,16 +63,19 @@ def run_ranks(
         )
         for rank in range(ranks)
     ]
-    deadline = time.monotonic() + seconds
+    began = time.monotonic()
+
+    def wait(process: subprocess.Popen[str]) -> Ended:
+        output, _ = process.communicate(timeout=seconds)
+        return Ended(code=process.returncode, output=output, seconds=time.monotonic() - began)
+
     try:
-        outputs = [process.communicate(timeout=max(1.0, deadline - time.monotonic()))[0] for process in started]
+        # Side by side: a full pipe of one must not hold up the others.
+        with ThreadPoolExecutor(ranks) as waiting:
+            return list(waiting.map(wait, started))
     finally:
         for process in started:
             process.kill()
-    codes = [process.returncode for process in started]
-    told = [f"--- rank {rank}: {codes[rank]}\n{output[-4000:]}" for rank, output in enumerate(outputs)]
-    assert codes == [0] * ranks, "\n".join(told)
-    return outputs
 
 
 def free_port() -> int:
