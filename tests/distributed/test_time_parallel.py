@@ -25,8 +25,10 @@ from infctx_kernels.wkv6.reference import wkv6_reference
 WORKER = Path(__file__).with_name("time_parallel_worker.py")
 
 
-def _load_worker() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("time_parallel_worker", WORKER)
+def _load_cases() -> ModuleType:
+    specification = importlib.util.spec_from_file_location(
+        "time_parallel_cases", WORKER.with_name("time_parallel_cases.py")
+    )
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
@@ -36,18 +38,18 @@ def _load_worker() -> ModuleType:
     return module
 
 
-worker = _load_worker()
-RIGHT = [case for case in worker.CASES if case.broken is None]
-WRONG = [case for case in worker.CASES if case.broken is not None]
+cases = _load_cases()
+RIGHT = [case for case in cases.CASES if case.broken is None]
+WRONG = [case for case in cases.CASES if case.broken is not None]
 EXACT = [case for case in RIGHT if case.dtype != torch.bfloat16]
 ROUNDED = [case for case in RIGHT if case.dtype == torch.bfloat16]
 # Rounding alone: float64 has 2e-16; in float32 one rank with whole chunks is up to 5e-6 away from float64, too.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-def by_ranks(cases: list[Any]) -> list[Any]:
+def by_ranks(chosen: list[Any]) -> list[Any]:
     """A case with each number of ranks that it runs on."""
-    return [pytest.param(case, ranks, id=f"{case.name}-{ranks}") for case in cases for ranks in case.ranks]
+    return [pytest.param(case, ranks, id=f"{case.name}-{ranks}") for case in chosen for ranks in case.ranks]
 
 
 Found = Callable[[int], list[dict[str, Any]]]
@@ -67,11 +69,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 def whole_graph(case: Any) -> dict[str, Any]:
     """The same in one process and in float64, every window in one graph, by torch's own loss."""
-    model = worker.make_model(case, dtype=torch.float64)
+    model = cases.make_model(case, dtype=torch.float64)
     model.recompute_layers(False)
-    chunks = worker.make_chunks(case)
+    chunks = cases.make_chunks(case)
     length = len(chunks) if case.window == "document" else case.window
-    state = worker.make_state(case, model)
+    state = cases.make_state(case, model)
     initial_gradients, loss_sum = None, torch.zeros((), dtype=torch.float64)
     for first in range(0, len(chunks), length):
         leaves = [tensor.detach().requires_grad_() for tensor in state]
@@ -141,7 +143,7 @@ def test_every_rank_has_the_same_state_to_the_bit(case: Any, ranks: int, found: 
 
 @pytest.mark.parametrize(("case", "ranks"), by_ranks(RIGHT))
 def test_bytes_are_those_of_the_formula(case: Any, ranks: int, found: Found) -> None:
-    config = worker.make_model(case).config
+    config = cases.make_model(case).config
     num_chunks = -(-case.num_tokens // case.chunk_tokens)
     length = num_chunks if case.window == "document" else case.window
     num_windows = -(-num_chunks // length)
@@ -158,7 +160,7 @@ def test_bytes_are_those_of_the_formula(case: Any, ranks: int, found: Found) -> 
 @pytest.mark.parametrize(("case", "ranks"), by_ranks(ROUNDED))
 def test_bf16_is_as_far_from_exact_as_one_rank_is(case: Any, ranks: int, found: Found) -> None:
     expected = whole_graph(case)
-    one_rank = {case.name: worker.run_case(case, worker.make_model(case), worker.make_chunks(case))}
+    one_rank = {case.name: cases.run_case(case, cases.make_model(case), cases.make_chunks(case))}
     sliced, whole = errors_of(case, found(ranks), expected), errors_of(case, [one_rank], expected)
     # Slices change which numbers are rounded, not how many.
     assert max(sliced.values()) <= 3 * max(whole.values())
@@ -171,9 +173,9 @@ def test_errors_in_what_crosses_are_seen(case: Any, ranks: int, found: Found) ->
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("name", worker.OPERATOR_CASES)
+@pytest.mark.parametrize("name", cases.OPERATOR_CASES)
 def test_the_recurrence_alone(name: str, ranks: int, found: Found) -> None:
-    leaves, starts, (output_gradient, state_gradient) = worker.operator_inputs(worker.OPERATOR_CASES[name])
+    leaves, starts, (output_gradient, state_gradient) = cases.operator_inputs(cases.OPERATOR_CASES[name])
     for leaf in leaves.values():
         leaf.requires_grad_()
     log_decay = -torch.exp(leaves["raw_decay"])
@@ -186,7 +188,7 @@ def test_the_recurrence_alone(name: str, ranks: int, found: Found) -> None:
     for rank in mine:
         assert error(rank["state"], state.detach()) <= 1e-12
         assert error(rank["gradients"]["state"], leaves["state"].grad) <= 1e-12
-    for key in worker.BY_TOKEN:
+    for key in cases.BY_TOKEN:
         assert error(torch.cat([rank["gradients"][key] for rank in mine], dim=1), leaves[key].grad) <= 1e-12, key
     parts = {key: [rank["gradients"][key] for rank in mine] for key in ("bonus", "start_state")}
     for key, of_ranks in parts.items():
@@ -211,10 +213,10 @@ class Done(torch.distributed.Work):
 @pytest.mark.parametrize("name", ["finch, starts, tuned", "finch, chunks and slices without a loss", "eagle, document"])
 def test_a_group_of_one_computes_the_whole(name: str) -> None:
     (case,) = [case for case in RIGHT if case.name == name]
-    model = worker.make_model(case)
+    model = cases.make_model(case)
     group = Alone(None, rank=0, size=1)
     model.use_time_group(group)
-    found = {name: worker.run_case(case, model, worker.make_chunks(case))}
+    found = {name: cases.run_case(case, model, cases.make_chunks(case))}
     assert max(errors_of(case, [found], whole_graph(case)).values()) <= 1e-10
     assert group.bytes_received == bytes_per_chunk(model.config, 2, 1, hidden_bytes=8) == 0
     assert all(block.time_mix.time_group is group is block.channel_mix.time_group for block in model.blocks)
