@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -16,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from exactness_cases import Case, make_model, make_objective, make_optimizer, make_source, take_steps
 
-from infctx.training import fabric_run
+from infctx.data.chunking import Chunk
+from infctx.training import bptt, fabric_run
+from infctx.training.bptt import ChunkObjective
 from infctx.training.fabric_run import FabricEngine, open_engine
 
 
@@ -48,7 +51,9 @@ def run_case(case: Case) -> tuple[dict[str, Tensor], dict[str, list[float | None
     if engine.ranks.time_group is not None:
         from infctx.model.time_parallel import TimeGroup
 
-        model.use_time_group(TimeGroup(engine.ranks.time_group))
+        model.use_time_group(
+            TimeGroup(engine.ranks.time_group, rank=engine.ranks.time_rank, size=engine.ranks.time_size)
+        )
     names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     found: dict[str, Tensor] = {}
 
@@ -57,7 +62,8 @@ def run_case(case: Case) -> tuple[dict[str, Tensor], dict[str, list[float | None
             found.update({f"gradient.{name}": whole_gradient(engine, p) for name, p in names.items()})
 
     source = make_source(case, engine.ranks)
-    report = take_steps(case, model, objective, engine, source, before_update=keep_gradient)
+    with _states_are_unrounded():
+        report = take_steps(case, model, objective, engine, source, before_update=keep_gradient)
     found.update({f"weight.{name}": engine.whole(part) for name, part in engine.trained().items()})
     return {name: tensor.contiguous().clone() for name, tensor in found.items()}, report
 
@@ -68,6 +74,32 @@ def whole_gradient(engine: FabricEngine, parameter: torch.nn.Parameter) -> Tenso
     assert gradient is not None
     # The update clips it where it lies.
     return gradient.clone()
+
+
+@contextlib.contextmanager
+def _states_are_unrounded() -> Iterator[None]:
+    """What a chunk is given as its state is what the model gets, to the bit and in its dtype."""
+    run_chunk, forward = bptt.run_chunk, ChunkObjective._forward
+    given: list[Sequence[Tensor]] = []
+
+    def note(objective: object, chunk: Chunk, state: Sequence[Tensor], **settings: object) -> object:
+        given.append(state)
+        outputs = run_chunk(objective, chunk, state, **settings)
+        assert not given, "the model was not called"
+        assert [tensor.dtype for tensor in outputs.state] == [tensor.dtype for tensor in state]
+        return outputs
+
+    def look(self: ChunkObjective, *inputs: object) -> object:
+        state = inputs[4]
+        wanted = given.pop()
+        assert len(state) == len(wanted) == 3
+        for found, tensor in zip(state, wanted, strict=True):
+            assert found.dtype == tensor.dtype in (torch.float32, torch.float64), found.dtype
+            assert torch.equal(found, tensor)
+        return forward(self, *inputs)
+
+    with mock.patch.object(bptt, "run_chunk", note), mock.patch.object(ChunkObjective, "_forward", look):
+        yield
 
 
 def _without_casts() -> contextlib.AbstractContextManager[object]:
