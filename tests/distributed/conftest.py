@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -51,4 +52,9 @@ def python() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     for process in started:
         if process.poll() is None:
             process.kill()
-        process.communicate()
+        # A rank that outlives its supervisor, as none should, holds the pipes.
+        with suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=5)
+        for stream in (process.stdout, process.stderr):
+            assert stream is not None
+            stream.close()

@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def supervise(python: Callable[..., Any]) -> Callable[..., subprocess.Popen[str]
 @pytest.fixture
 def counting(
     supervise: Callable[..., Any], wait_for: Callable[..., None], tmp_path: Path
-) -> tuple[subprocess.Popen[str], Callable[[int], list[str]], list[int]]:
+) -> Iterator[tuple[subprocess.Popen[str], Callable[[int], list[str]], list[int]]]:
     """Two ranks that count signals: the supervisor, what a rank has got, the ranks' pids."""
     supervisor = supervise(COUNTING, tmp_path, grace_seconds=10.0)
     files = [tmp_path / f"{rank}.pid" for rank in (0, 1)]
@@ -69,7 +70,11 @@ def counting(
         path = tmp_path / f"{rank}.signals"
         return path.read_text().split() if path.exists() else []
 
-    return supervisor, got, [int(file.read_text()) for file in files]
+    pids = [int(file.read_text()) for file in files]
+    yield supervisor, got, pids
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def state_of(pid: int) -> str:
@@ -180,7 +185,9 @@ def test_what_a_killed_rank_has_started_goes_with_it(
 def test_a_signal_reaches_every_rank_once_and_a_second_one_again(
     counting: Any, wait_for: Callable[..., None], name: str
 ) -> None:
-    supervisor, got, _ = counting
+    supervisor, got, pids = counting
+    # In its group, a rank could get the signal twice.
+    assert [os.getpgid(pid) for pid in pids] == pids
     # As a terminal does it: to the whole group of the supervisor.
     os.killpg(supervisor.pid, getattr(signal, name))
     wait_for(lambda: got(0) == got(1) == [name])
