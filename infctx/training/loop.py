@@ -45,6 +45,8 @@ STEP_KEYS = (
 
 # Between the states of the two sweeps, relative. bf16 keeps 8 bits; a GPU may add up in another order.
 LARGEST_DIFFERENCE = 1e-2
+# See StopSignals.
+SECONDS_OF_ONE_SIGNAL = 2.0
 # Of the documents of a step that was left out, so many are named.
 MOST_NAMED = 8
 
@@ -60,7 +62,7 @@ def train(run: Run) -> Done:
     done, place = resume_run(run)
     run.progress.start(run.source.total_steps, list(run.headline))
     try:
-        with StopSignals() as signals:
+        with StopSignals(counts_as_one=SECONDS_OF_ONE_SIGNAL if run.engine.ranks.size > 1 else 0.0) as signals:
             return _run_steps(run, done, place, signals)
     finally:
         run.progress.finish()

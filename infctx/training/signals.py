@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
 
@@ -17,10 +18,16 @@ class StopRequested(Exception):
 
 
 class StopSignals:
-    """While entered, the first SIGINT, SIGTERM or SIGHUP is noted, and the second does what it does elsewhere."""
+    """While entered, the first SIGINT, SIGTERM or SIGHUP is noted, and the second does what it does elsewhere.
 
-    def __init__(self) -> None:
+    Args:
+        counts_as_one: seconds within which the second still belongs to the first: a scheduler may signal every process
+            of a run and its supervisor, which passes it on.
+    """
+
+    def __init__(self, *, counts_as_one: float = 0.0) -> None:
         self.name: str | None = None
+        self._counts_as_one, self._noted_at = counts_as_one, 0.0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -49,8 +56,14 @@ class StopSignals:
             raise StopRequested(self.name)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        self._restore()
+        if self.name is None:
+            self.name = signal.Signals(number).name
+            self._noted_at = time.monotonic()
+            if not self._counts_as_one:
+                self._restore()
+        elif time.monotonic() - self._noted_at > self._counts_as_one:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

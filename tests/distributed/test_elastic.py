@@ -53,8 +53,6 @@ run: {{folder: {tmp_path}/run, steps: 6, validate_every: 3, precision: fp32}}
 def spread(recipe: Path, runs: list[dict], *, ranks: int, seconds: float = 250.0) -> list[list[dict]]:
     """What each run came to on each rank."""
     report = recipe.parent / f"report-{ranks}-{len(list(recipe.parent.glob('report*')))}"
-    if ranks == 1:
-        return [[run_one(**run)] for run in runs]
     run_ranks([WORKER, json.dumps(runs), str(report)], ranks=ranks, seconds=seconds)
     of_ranks = [json.loads(Path(f"{report}.{rank}").read_text()) for rank in range(ranks)]
     return [list(of_run) for of_run in zip(*of_ranks, strict=True)]

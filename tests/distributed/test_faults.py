@@ -44,11 +44,11 @@ def test_a_rank_that_dies_ends_the_run_by_its_name(recipe: Path, tmp_path: Path,
 
 @pytest.mark.timeout(400)
 def test_a_rank_that_hangs_ends_the_run_by_its_name(recipe: Path, tmp_path: Path) -> None:
-    ended = end_run(recipe, tmp_path / "run", "run.hang_seconds=10", at={"rank": 1, "chunk": 30, "do": "sleep"})
+    ended = end_run(recipe, tmp_path / "run", "run.hang_seconds=10", at={"rank": 1, "step": 2, "do": "sleep"})
     assert [end.code for end in ended] == [EXIT_MACHINE] * 2, ended
     for end in ended:
-        assert "rank 1" in end.output
-        assert "has not moved" in end.output, end.output
+        assert "ank 1 on" in end.output
+        assert "has not moved for" in end.output, end.output
 
 
 @pytest.mark.timeout(400)
