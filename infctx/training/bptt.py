@@ -114,7 +114,8 @@ def _compute_dtype(model: nn.Module, device: torch.device) -> AbstractContextMan
     """
     if model.compute_dtype != torch.bfloat16:
         return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    # Its cache would keep a copy in bf16 of every trained matrix, though each is used once.
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
 
 
 class ChunkedResult(NamedTuple):
@@ -141,7 +142,7 @@ def backward_through_windows(
     keeps_random_state: bool = False,
     boundaries: BoundaryPlan = BoundaryPlan(),  # noqa: B008 (frozen)
     before_chunk: Callable[[Callable[[], WindowsPlace]], None] | None = None,
-    expect: Callable[[bool], None] | None = None,
+    expect: Callable[[bool], bool] | None = None,
 ) -> ChunkedResult:
     """Add the gradient of loss sum / weight_total to every trainable parameter's .grad.
 
@@ -157,8 +158,8 @@ def backward_through_windows(
         boundaries: where the states between the chunks of a window are kept.
         before_chunk: called before every chunk of either sweep with a function that tells the place; may raise.
         expect: of an engine of many ranks: called before the forward pass of every chunk in sweep 2, with whether that
-            is the last. The last then reaches every trained parameter, with a gradient of 0 if need be: on some engines
-            a parameter that the last backward pass misses would silently keep the gradient of this rank alone.
+            is the last; answers whether its backward pass has to reach every trained parameter, with a gradient of 0 if
+            need be. What an engine's pass misses, it may silently leave out, or take from the step before.
     """
     length = len(chunks) if window == "document" else min(window, len(chunks))
     walk = _Walk(
@@ -180,7 +181,7 @@ class _Walk:
         keeps_random_state: bool,
         plan: BoundaryPlan,
         before_chunk: Callable[[Callable[[], WindowsPlace]], None] | None,
-        expect: Callable[[bool], None] | None,
+        expect: Callable[[bool], bool] | None,
     ) -> None:
         self._objective, self._chunks, self._length = objective, chunks, length
         self._weight_total, self._backward, self._plan = weight_total, backward, plan
@@ -284,11 +285,9 @@ class _Walk:
             before = self._bank.take(self._next)
             leaves = [tensor.detach().requires_grad_() for tensor in before]
             is_last = self._next == 0 and self._first + self._length >= len(self._chunks)
-            if self._expect is not None:
-                self._expect(is_last)
+            reaches_all = self._expect is not None and self._expect(is_last)
             with replayed(self._replay, self._next):
                 chunk = self._chunks[self._first + self._next]
-                reaches_all = is_last and self._expect is not None
                 chunk_loss, after, set_losses = run_chunk(self._objective, chunk, leaves, reaches_all=reaches_all)
             self._compare(after)
             scalar = chunk_loss / self._weight_total

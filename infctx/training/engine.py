@@ -27,8 +27,12 @@ class Engine(Protocol):
     stops_inside_steps: bool
     """Whether a step can be left and entered again: `own_gradients` tells what there is of the gradient by then."""
 
-    def expect(self, *, is_last: bool) -> None:
-        """Say before the forward pass of a chunk whether its backward pass is the last of the step."""
+    def expect(self, *, is_last: bool) -> bool:
+        """Say before the forward pass of a chunk whether its backward pass is the last of the step.
+
+        Returns:
+            Whether that pass has to reach every trained parameter.
+        """
 
     def backward(self, scalar: Tensor) -> None:
         """Backward pass of one chunk's objective, of which every rank has a term: their mean is what counts."""
@@ -86,8 +90,9 @@ class WholeWeights:
         self.ranks = ranks
         self._model, self.optimizer, self._call_backward = model, optimizer, backward
 
-    def expect(self, *, is_last: bool) -> None:
+    def expect(self, *, is_last: bool) -> bool:
         """Nothing to prepare."""
+        return False
 
     def backward(self, scalar: Tensor) -> None:
         """Backward pass of one chunk's objective."""

@@ -92,9 +92,10 @@ class FabricEngine(WholeWeights):
 class DdpEngine(FabricEngine):
     """All weights in every process. Gradients pile up in each, and are exchanged in the last backward pass."""
 
-    def expect(self, *, is_last: bool) -> None:
-        """Exchange gradients in the last backward pass only."""
+    def expect(self, *, is_last: bool) -> bool:
+        """Exchange gradients in the last backward pass only; of what it does not reach, they would not be."""
         self._ddp.require_backward_grad_sync = is_last
+        return is_last
 
     def _wrap(self, objective: ChunkObjective) -> nn.Module:
         wrapped = super()._wrap(objective)
@@ -202,9 +203,14 @@ class DeepSpeedEngine(FabricEngine):
             wrapped, self.optimizer = self._stages.setup(self._fabric, objective, optimizer)
         return wrapped
 
-    def expect(self, *, is_last: bool) -> None:
-        """Say whether the backward pass that comes is the last of the step."""
+    def expect(self, *, is_last: bool) -> bool:
+        """Say whether the backward pass that comes is the last of the step.
+
+        All of them have to reach everything: what the first one misses, stage 3 adds to the gradient of the step
+        before; what the last one misses is lost where the optimizer is offloaded.
+        """
         self._stages.expect(is_last=is_last)
+        return True
 
     def backward(self, scalar: Tensor) -> None:
         """Backward pass of one chunk's objective."""

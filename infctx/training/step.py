@@ -138,8 +138,8 @@ def step_gradient(
             )
         passes += 1
 
-    def expect(is_last: bool) -> None:
-        engine.expect(is_last=is_last and len(states_after) == len(data.groups) - 1)
+    def expect(is_last: bool) -> bool:
+        return engine.expect(is_last=is_last and len(states_after) == len(data.groups) - 1)
 
     if start is not None:
         set_random_state(start.random_state, device)

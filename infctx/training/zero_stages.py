@@ -5,8 +5,9 @@ next. DeepSpeed keeps gradients, the weights that are updated, and moments in pi
 updates and whole tensors go through here and never through `.grad`.
 
 What DeepSpeed gets wrong without a word, so that nobody does it here: several backward passes without `expect` in
-stages 1 and 2; a call of the engine's inner module in stage 3; a last backward pass that does not reach a parameter
-with the optimizer offloaded in stages 2 and 3 (an older gradient is used in its place).
+stages 1 and 2; a call of the engine's inner module in stage 3; a first backward pass that does not reach a parameter
+in stage 3 (what follows is added to the gradient of the step before); a last one that does not with the optimizer
+offloaded in stages 2 and 3 (an older gradient is used in its place).
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 class DeepSpeedStages:
     """One ZeRO stage under Fabric.
 
-    Everything but `expect` is a collective: every rank calls it, in the same order. In every backward pass the ranks
-    have to reach the same parameters, and in the last one of a step every trained parameter.
+    Everything but `expect` is a collective: every rank calls it, in the same order. Every backward pass has to reach
+    every trained parameter.
 
     Args:
         config: of `deepspeed_config`.

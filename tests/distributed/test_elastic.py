@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 import infctx
 from infctx.model.finch import Finch
 from tests.distributed.processes import run_ranks
-from tests.distributed.run_worker import run_one
 
 WORKER = str(Path(__file__).with_name("run_worker.py"))
 # How a run is spread over so many ranks; a step has 4 rows in all.
