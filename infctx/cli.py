@@ -32,6 +32,7 @@ from infctx.cli_output import (
     say,
     shown,
 )
+from infctx.cli_plan import plan
 from infctx.cli_surgery import model_app
 from infctx.errors import CheckpointError, InfctxError, MachineError, machine_fault
 
@@ -166,6 +167,7 @@ def data(
     answer(account_with_facts(facts), as_json)
 
 
+app.command(epilog="Example: infctx plan recipes/finch_1b6_lora_exact.yaml --shape 1.6b --device-memory 24GB")(plan)
 app.command(epilog="Example: infctx export runs/quickstart --output finch-mine.pth")(export)
 model_app.command("convert", epilog="Example: infctx model convert model.pth --format hf --output model-hf")(convert)
 
