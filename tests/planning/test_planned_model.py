@@ -59,7 +59,9 @@ def test_same_bytes_as_a_quantised_model(make_finch: Callable[..., Finch], kind:
     apply_precision_(model, "bf16")
 
     def stored(model: Finch) -> list[tuple[str, int]]:
-        return sorted((name, t.nbytes) for part in (model.named_parameters(), model.named_buffers()) for name, t in part)
+        return sorted(
+            (name, t.nbytes) for part in (model.named_parameters(), model.named_buffers()) for name, t in part
+        )
 
     assert stored(planned) == stored(model)
 
