@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 
@@ -37,7 +38,13 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            # Shapes without memory, as divided tensors have them worked out, and wrappers of tensors seen by themselves.
+            if (
+                isinstance(leaf, Tensor)
+                and not isinstance(leaf, FakeTensor)
+                and not is_traceable_wrapper_subclass(leaf)
+                and leaf.device.type != "meta"
+            ):
                 self._note(leaf)
         self.largest = max(self.largest, self.now())
         return result

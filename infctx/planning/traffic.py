@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -41,7 +41,10 @@ def chunk_messages(
     """
     messages = []
     if spread.shards_parameters and spread.ranks > 1:
-        messages += [_gather(unit, spread, count=2 * chunks + sweep_1_chunks) for unit in _units(model)]
+        passes = 2 * chunks + sweep_1_chunks
+        *blocks, root = [_gather(unit, spread, count=passes) for unit in _units(model)]
+        # FSDP2 keeps the root whole from the forward pass to the end of the backward pass, and through all of sweep 1.
+        messages += [*blocks, replace(root, count=chunks) if spread.strategy == "fsdp" else root]
     if spread.shards_gradients and spread.ranks > 1:
         messages += [
             _reduce(unit, spread, count=chunks) for unit in _units(model) if any(p.requires_grad for p in unit)

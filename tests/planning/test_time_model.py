@@ -113,11 +113,12 @@ def test_gathering_hides_behind_arithmetic_as_far_as_that_lasts(make_finch: Call
     messages = chunk_messages(model, spread, rows=1, chunks=10, sweep_1_chunks=9, is_recomputed=False)
     assert waits.waiting_seconds == pytest.approx(sum(MACHINE.seconds(m, spread) * m.count for m in messages))
     assert hides.waiting_seconds == 0.0
-    # Gathered in sweep 1, forward and backward; reduced once a chunk.
+    # Blocks are gathered in sweep 1, forward and backward, the rest once a chunk; everything is reduced once a chunk.
     whole = sum(p.nbytes for p in model.parameters())
+    blocks = sum(p.nbytes for p in model.blocks.parameters())
     gathered = sum(m.received_bytes * m.count for m in messages if m.what == "parameters")
     reduced = sum(m.received_bytes * m.count for m in messages if m.what == "gradients")
-    assert gathered == pytest.approx(29 * whole / 2, rel=0.02)
+    assert gathered == pytest.approx((29 * blocks + 10 * (whole - blocks)) / 2, rel=0.02)
     assert reduced == pytest.approx(10 * whole / 2, rel=0.02)
 
 
