@@ -38,7 +38,7 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            # Shapes without memory, as divided tensors have them worked out, and wrappers of tensors seen by themselves.
+            # Not shapes without memory, which divided tensors work with, nor wrappers of tensors seen by themselves.
             if (
                 isinstance(leaf, Tensor)
                 and not isinstance(leaf, FakeTensor)
