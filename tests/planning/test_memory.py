@@ -170,13 +170,15 @@ def test_saved_tensors_are_those_of_the_formula(make_finch: Callable[..., Finch]
 
 @pytest.mark.parametrize("name", ["adamw", "adamw-8bit"])
 def test_weights_gradients_and_moments_are_exact(make_finch: Callable[..., Finch], name: str) -> None:
-    model = small_model(make_finch, Case(targets=ALL_MATRICES, precision="bf16"))
+    # With a LoRA every tensor is too small for 8 bits.
+    targets = ALL_MATRICES if name == "adamw" else None
+    model = small_model(make_finch, Case(targets=targets, precision="bf16"))
     optimizer, trained = optimizer_of(model, name), [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     plan = plan_memory(model, ChunkPlan(chunk_tokens=8), optimizer=OptimizerPlan(name=name), device="cpu").device
-    assert plan["frozen weights"] == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    assert plan.get("frozen weights", 0) == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     assert plan["trained weights"] == sum(p.nbytes for p in trained)
     assert plan["gradients"] == sum(p.grad.nbytes for p in trained if p.grad is not None)
     # Beside them an optimizer keeps a step count of each tensor, and bitsandbytes a table of 256 levels.
