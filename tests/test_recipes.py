@@ -11,6 +11,8 @@ import torch
 
 import infctx
 from infctx.assemble import run_recipe
+from infctx.planning.from_recipe import plan_recipe
+from infctx.planning.planned_model import released_shape
 from infctx.recipe.load import load_recipe, recipe_differences, write_recipe
 from infctx.training.metrics import read_metrics
 from infctx.training.progress import SilentProgress
@@ -38,7 +40,11 @@ def test_recipe_says_what_it_is_for(path: Path) -> None:
 
 # The recipes of a model that nobody here has, on a small one of the same vocabulary, with data of the same shape
 
-OF_WORLD_MODELS = [path for path in RECIPES if "models/RWKV-" in path.read_text(encoding="utf-8")]
+# Their memory comes from `infctx plan`. They differ from the others in sizes and in how they are spread, and need GPUs.
+PLANNED = [path for path in RECIPES if "by `infctx plan`" in path.read_text(encoding="utf-8")]
+OF_WORLD_MODELS = [
+    path for path in RECIPES if "models/RWKV-" in path.read_text(encoding="utf-8") and path not in PLANNED
+]
 INSTRUCTIONS = FOLDER.parent / "datasets" / "instructions"
 
 
@@ -69,6 +75,38 @@ def test_there_are_recipes_of_world_models() -> None:
         "finch_1b6_mixed",
         "finch_1b6_state",
     }
+
+
+def test_there_are_planned_recipes() -> None:
+    assert {path.stem for path in PLANNED} == {
+        "finch_1b6_lora_24gb",
+        "finch_3b_lora_128k",
+        "finch_7b_lora_24gb",
+        "finch_7b_lora_48gb",
+        "finch_7b_full_8x80gb",
+        "finch_14b_lora_80gb",
+        "finch_14b_full_8x80gb",
+    }
+
+
+@pytest.mark.parametrize("path", PLANNED, ids=[path.stem for path in PLANNED])
+def test_planned_recipe_fits_what_it_names(path: Path) -> None:
+    header = " ".join(line[1:].strip() for line in path.read_text("utf-8").splitlines() if line.startswith("#"))
+    found = re.search(
+        r"of (\d+) GB; ([\d.]+) GB (?:on each )?by `infctx plan` for documents of ([\d ]+) tokens", header
+    )
+    assert found, header
+    device_gb, planned_gb, document_tokens = int(found[1]), float(found[2]), int(found[3].replace(" ", ""))
+    assert f"{device_gb}gb" in path.stem or "gb" not in path.stem
+    assert "not measured" in header
+    size = re.match(r"finch_(\w+?)_", path.stem)[1]
+    assert f"World-{size.replace('1b6', '1B6').replace('b', 'B')}-" in path.read_text("utf-8")
+    # Its model on the meta device, adapter attached.
+    plan = plan_recipe(
+        load_recipe(path), released_shape(size), device_memory=device_gb * 10**9, document_tokens=document_tokens
+    )
+    assert plan.fits
+    assert planned_gb == round(plan.memory.device_bytes / 1e9, 1)
 
 
 @pytest.mark.parametrize("path", OF_WORLD_MODELS, ids=[path.stem for path in OF_WORLD_MODELS])

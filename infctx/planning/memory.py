@@ -1,0 +1,224 @@
+"""Memory of the rank that needs most, by part, from shapes alone.
+
+What is exact, and what is assumed: weights, gradients, moments and boundary states are counts of tensors. Activations
+and working memory follow the operators (`activations.py`). Gathered parameters and buckets follow what FSDP2, DDP and
+DeepSpeed do by default, as the comments say. The device's own needs and the allocator's gaps are not in it, but for
+`RUNTIME_BYTES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from infctx.model.finch import Finch
+from infctx.model.state import ModelState
+from infctx.planning.activations import Device, activation_bytes_per_token
+from infctx.planning.spread import Spread
+from infctx.planning.working_memory import Phase, busiest_phase
+from infctx.training.boundary_store import BLOCK_BYTES, Where, state_bytes
+from infctx.training.eight_bit_adamw import SMALLEST_8_BIT_ELEMENTS
+from infctx.training.optim import OptimizerName
+
+# A CUDA context with the libraries that matrix products need. Assumed, not measured on a GPU.
+RUNTIME_BYTES = 750_000_000
+# States of one chunk: before it, after it by layer and stacked, their gradients behind it and in front.
+LIVE_STATES = 6
+# Lightning's settings of DeepSpeed: elements of a bucket, of which two are in use; those ZeRO-3 keeps gathered.
+BUCKET_ELEMENTS = 200_000_000
+MOST_GATHERED_ELEMENTS = 1_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChunkPlan:
+    """What a rank computes at once.
+
+    chunk_tokens: of all ranks that share it. rows: at once. boundary_states: kept at the same time. is_recomputed:
+    whether layers are run again in the backward pass.
+    """
+
+    chunk_tokens: int
+    rows: int = 1
+    boundary_states: int = 1
+    boundaries: Where = "device"
+    is_recomputed: bool = False
+
+    def tokens_at_once(self, spread: Spread) -> int:
+        """Tokens of all rows in the longest slice of a chunk."""
+        return self.rows * -(-self.chunk_tokens // spread.time_parallel)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerPlan:
+    """The optimizer's name, and whether weights are averaged beside it."""
+
+    name: OptimizerName = "adamw"
+    is_averaged: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """Bytes by part, of the rank that needs most: on its device, and in host memory for each rank."""
+
+    device: dict[str, int]
+    host: dict[str, int]
+
+    @property
+    def device_bytes(self) -> int:
+        """All parts on the device."""
+        return sum(self.device.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """All parts in host memory."""
+        return sum(self.host.values())
+
+    @property
+    def largest(self) -> str:
+        """The part that takes most of the device."""
+        return max(self.device, key=lambda part: self.device[part])
+
+
+def plan_memory(
+    model: Finch,
+    chunk: ChunkPlan,
+    *,
+    spread: Spread = Spread(),  # noqa: B008 (frozen)
+    optimizer: OptimizerPlan = OptimizerPlan(),
+    device: Device = "cuda",
+) -> MemoryPlan:
+    """Memory by part of a model as a run has it: adapter attached, precision applied; on the meta device or any other.
+
+    Args:
+        chunk: what is computed at once.
+        spread: over which ranks, and how.
+        device: kind of device that is planned for.
+    """
+    on_device, on_host = _stored(model, spread, optimizer)
+    phase = _phase(model, chunk, spread, device)
+    on_device |= {
+        "gathered parameters": _gathered_bytes(model, spread),
+        "activations": phase.activations,
+        "weights in compute precision": phase.weight_copies,
+        "working memory": phase.working,
+        "communication buckets": _bucket_bytes(model, spread),
+    }
+    one_state = state_bytes(ModelState.zeros(model.config, chunk.rows, dtype=torch.float32, device="meta"))
+    on_device["states of the chunk"] = LIVE_STATES * one_state
+    if chunk.boundaries != "disk":
+        place = on_device if chunk.boundaries == "device" else on_host
+        # Memory is taken for several small ones at once.
+        at_once = max(1, BLOCK_BYTES // one_state)
+        place["boundary states"] = -(-chunk.boundary_states // at_once) * at_once * one_state
+    on_device["runtime"] = RUNTIME_BYTES if device == "cuda" else 0
+    return MemoryPlan(
+        device={part: size for part, size in on_device.items() if size},
+        host={part: size for part, size in on_host.items() if size},
+    )
+
+
+def _stored(model: Finch, spread: Spread, optimizer: OptimizerPlan) -> tuple[dict[str, int], dict[str, int]]:
+    """What stays from step to step, and the gradient."""
+    sharded = spread.shards_parameters
+    frozen = _bytes((p for p in model.parameters() if not p.requires_grad), spread, is_sharded=sharded)
+    frozen += sum(buffer.nbytes for buffer in model.buffers())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = {"frozen weights": frozen, "trained weights": _bytes(trained, spread, is_sharded=sharded)}
+    gradients = {"gradients": _elements(trained, spread, is_sharded=spread.shards_gradients) * 4}
+    moments = {"optimizer moments": _moment_bytes(trained, spread, optimizer)}
+    if optimizer.is_averaged:
+        weights["averaged weights"] = _elements(trained, spread, is_sharded=sharded) * 4
+    if spread.offload == "all":
+        return {}, weights | gradients | moments
+    if spread.offload == "optimizer" or optimizer.name == "adamw-offloaded":
+        # DeepSpeed's gradients go to its optimizer as they come; our own optimizer fetches them when it steps.
+        sent = spread.offload == "optimizer" and spread.shards_gradients
+        return (weights, moments | gradients) if sent else (weights | gradients, moments)
+    return weights | gradients | moments, {}
+
+
+def _moment_bytes(trained: list[nn.Parameter], spread: Spread, optimizer: OptimizerPlan) -> int:
+    if optimizer.name == "adamw-8bit":
+        # Two codes, and for each a scale of 256 of them; small tensors keep float32.
+        return sum(
+            p.numel() * 2 + 2 * 4 * -(-p.numel() // 256) if p.numel() >= SMALLEST_8_BIT_ELEMENTS else p.numel() * 8
+            for p in trained
+        )
+    elements = _elements(trained, spread, is_sharded=spread.shards_moments)
+    # Host copies of weights and, while it steps, of gradients. DeepSpeed's optimizers work on a copy of the weights.
+    beside = 8 if optimizer.name == "adamw-offloaded" else 4 if spread.strategy.startswith("deepspeed") else 0
+    return elements * (8 + beside)
+
+
+def _gathered_bytes(model: Finch, spread: Spread) -> int:
+    """Whole parameters that a rank holds while it computes.
+
+    FSDP2: those of the block at work, of the next one, which is on its way, and of the root: embedding, head, norms.
+    ZeRO-3: as many elements as it may keep, at most all of them. In the dtype they are stored in.
+    """
+    if not spread.shards_parameters:
+        return 0
+    if spread.strategy == "deepspeed_3":
+        elements = sum(p.numel() for p in model.parameters())
+        return round(_whole(model.parameters()) * min(1.0, MOST_GATHERED_ELEMENTS / elements))
+    return _root_bytes(model, _whole) + _two_largest(model, _whole)
+
+
+def _bucket_bytes(model: Finch, spread: Spread) -> int:
+    """Gradients on their way.
+
+    DDP keeps a second copy of each gradient in its buckets. FSDP2: whole gradients of the root until the end of the
+    backward pass, and of two blocks, one computing and one being reduced. DeepSpeed: two buckets.
+    """
+    if spread.ranks == 1:
+        return 0
+    if spread.strategy == "ddp":
+        return _gradient_bytes(model.parameters())
+    if spread.strategy == "fsdp":
+        root = _root_bytes(model, _gradient_bytes)
+        return root + max(_two_largest(model, _gradient_bytes), root)
+    return min(2 * BUCKET_ELEMENTS * 4, _gradient_bytes(model.parameters()))
+
+
+def _phase(model: Finch, chunk: ChunkPlan, spread: Spread, device: Device) -> Phase:
+    hidden_bytes = torch.finfo(model.compute_dtype or model.embedding.weight.dtype).bits // 8
+    per_token = activation_bytes_per_token(model, hidden_bytes=hidden_bytes, device=device)
+    return busiest_phase(
+        model,
+        per_token,
+        num_tokens=chunk.tokens_at_once(spread),
+        hidden_bytes=hidden_bytes,
+        is_recomputed=chunk.is_recomputed,
+        # A head that is divided is gathered when it is called, and cannot be fused with the loss.
+        has_fused_loss=not spread.shards_parameters and not hasattr(model.head, "base_layer"),
+        device=device,
+    )
+
+
+def _elements(parameters: Iterable[nn.Parameter], spread: Spread, *, is_sharded: bool) -> int:
+    return sum(spread.elements_held(p.shape, is_sharded=is_sharded) for p in parameters)
+
+
+def _bytes(parameters: Iterable[nn.Parameter], spread: Spread, *, is_sharded: bool) -> int:
+    return sum(spread.elements_held(p.shape, is_sharded=is_sharded) * p.element_size() for p in parameters)
+
+
+def _whole(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.nbytes for p in parameters)
+
+
+def _gradient_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() * 4 for p in parameters if p.requires_grad)
+
+
+def _two_largest(model: Finch, measure: Callable[[Iterable[nn.Parameter]], int]) -> int:
+    return sum(sorted(measure(block.parameters()) for block in model.blocks)[-2:])
+
+
+def _root_bytes(model: Finch, measure: Callable[[Iterable[nn.Parameter]], int]) -> int:
+    """Of what is in no block."""
+    parts = (model.embedding, model.input_norm, model.output_norm, model.head)
+    return sum(measure(part.parameters()) for part in parts)

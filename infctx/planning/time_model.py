@@ -1,0 +1,196 @@
+"""How long a document takes, by an alpha-beta model: arithmetic at a rate, messages at a latency and a bandwidth.
+
+Nothing here was measured on a GPU: rates and links are assumptions, which every result repeats. What is counted is
+exact: multiplications by part, passes of each mode, bytes of each collective.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from infctx.model.config import FinchConfig
+from infctx.model.finch import Block, Finch
+from infctx.planning.activations import is_trained
+from infctx.planning.spread import Spread
+from infctx.planning.traffic import Message, chunk_messages, step_messages
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What a computation runs on.
+
+    flops_per_second: of one device, in the matrix products of a training step as it is, not of its data sheet.
+    in_node, between_nodes: bytes a second that a device receives over its links, the same way. latency_seconds: of a
+    collective, in a node and between nodes.
+    """
+
+    flops_per_second: float = 350e12
+    in_node_bytes_per_second: float = 300e9
+    between_nodes_bytes_per_second: float = 40e9
+    in_node_latency_seconds: float = 15e-6
+    between_nodes_latency_seconds: float = 40e-6
+
+    def assumptions(self) -> dict[str, float]:
+        """Its fields by name, for whoever prints a result."""
+        return asdict(self)
+
+    def seconds(self, message: Message, spread: Spread) -> float:
+        """Of one collective, over the slowest link its ranks have between them."""
+        if message.ranks <= spread.devices_per_node:
+            return self.in_node_latency_seconds + message.received_bytes / self.in_node_bytes_per_second
+        return self.between_nodes_latency_seconds + message.received_bytes / self.between_nodes_bytes_per_second
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flops:
+    """Floating-point operations for one token, a multiplication with its addition as two.
+
+    blocks: forward through the blocks, of base and adapter. last_mix: the part of it that sweep 1 leaves out, the last
+    block's channel mix. head: forward through the head. weights: of the gradients of what is trained.
+    """
+
+    blocks: int
+    last_mix: int
+    head: int
+    weights: int
+
+    @property
+    def model(self) -> int:
+        """Forward, and gradients of activations and of trained weights: what has to be computed, without repetition."""
+        return 2 * (self.blocks + self.head) + self.weights
+
+    def executed(self, *, sweep_1_share: float, is_recomputed: bool) -> float:
+        """The same with sweep 1, through a share of the chunks, and with layers run again."""
+        return self.model + sweep_1_share * (self.blocks - self.last_mix) + (self.blocks if is_recomputed else 0)
+
+
+def flops_per_token(model: Finch) -> Flops:
+    """Count the products of a model whose trained parameters are marked.
+
+    The recurrence counts as blocks of 64 tokens: 256 multiplications for each channel and layer.
+    """
+    blocks = [_block_products(block, model.config) for block in model.blocks]
+    head_forward, head_weights = _products(model.head)
+    recurrence = 2 * 256 * model.config.dim_att * model.config.n_layer
+    last = model.blocks[-1].channel_mix
+    return Flops(
+        blocks=2 * sum(forward for forward, _ in blocks) + recurrence,
+        last_mix=2 * sum(_products(matrix)[0] for matrix in (last.key, last.receptance, last.value)),
+        head=2 * head_forward,
+        weights=2 * (sum(weights for _, weights in blocks) + head_weights),
+    )
+
+
+def _block_products(block: Block, config: FinchConfig) -> tuple[int, int]:
+    """Multiplications of a token: forward, and in the gradients of trained weights."""
+    time_mix, mix = block.time_mix, block.channel_mix
+    matrices = [time_mix.receptance, time_mix.key, time_mix.value, time_mix.gate, time_mix.output]
+    pairs = [_products(matrix) for matrix in (*matrices, mix.key, mix.receptance, mix.value)]
+    forward, weights = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+    if config.version == "6":
+        for loose in (time_mix.lerp_down, time_mix.lerp_up, time_mix.decay_down, time_mix.decay_up):
+            forward += loose.numel()
+            weights += loose.numel() if loose.requires_grad else 0
+    return forward, weights
+
+
+def _products(matrix: nn.Module) -> tuple[int, int]:
+    """Forward, and in trained weights' gradients, of a matrix and what an adapter puts on it."""
+    if not hasattr(matrix, "base_layer"):
+        size = matrix.in_features * matrix.out_features
+        return size, size if is_trained(matrix) else 0
+    base = matrix.get_base_layer()
+    added = sum(p.numel() for p in matrix.parameters() if p.requires_grad and p is not base.weight and p.dim() == 2)
+    whole = base.in_features * base.out_features
+    return whole + added, added + (whole if base.weight.requires_grad else 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What is to be done.
+
+    document_tokens: of each document; every group of ranks that share chunks takes one. chunk_tokens: of a chunk, all
+    its slices together. rows: at once. has_sweep_1: the gradient crosses chunks, which are run once more without it.
+    is_recomputed: layers are run again in the backward pass.
+    """
+
+    document_tokens: int
+    chunk_tokens: int
+    rows: int = 1
+    has_sweep_1: bool = True
+    is_recomputed: bool = False
+
+    @property
+    def num_chunks(self) -> int:
+        """Of the document."""
+        return -(-self.document_tokens // self.chunk_tokens)
+
+    @property
+    def sweep_1_chunks(self) -> int:
+        """Of them, run through without a gradient first: all but the last."""
+        return self.num_chunks - 1 if self.has_sweep_1 else 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimePlan:
+    """Seconds of one step: a document for each group of ranks.
+
+    computing: arithmetic of the busiest rank. waiting: for messages that it does not hide. documents: of the step.
+    tokens_per_second: of all ranks. efficiency: of that, against as many single devices that wait for nothing.
+    """
+
+    computing_seconds: float
+    waiting_seconds: float
+    documents: int
+    tokens_per_second: float
+    efficiency: float
+    received_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Of the step."""
+        return self.computing_seconds + self.waiting_seconds
+
+    @property
+    def seconds_per_document(self) -> float:
+        """Of the step, divided by its documents."""
+        return self.seconds / self.documents
+
+
+def plan_time(model: Finch, work: Work, *, spread: Spread, machine: Machine) -> TimePlan:
+    """Predict the time of a step.
+
+    Gathering and reducing of parameters (FSDP2, ZeRO) hide behind the arithmetic of the same pass, as far as that
+    lasts; everything else is waited for: what ranks that share a chunk exchange, and what comes once in a step.
+    """
+    flops = flops_per_token(model)
+    per_token = flops.executed(sweep_1_share=work.sweep_1_chunks / work.num_chunks, is_recomputed=work.is_recomputed)
+    # The rank with the longest slices.
+    rank_tokens = work.rows * -(-work.document_tokens // spread.time_parallel)
+    computing = per_token * rank_tokens / machine.flops_per_second
+    messages = chunk_messages(
+        model,
+        spread,
+        rows=work.rows,
+        chunks=work.num_chunks,
+        sweep_1_chunks=work.sweep_1_chunks,
+        is_recomputed=work.is_recomputed,
+    )
+    hidden = sum(machine.seconds(message, spread) * message.count for message in messages if message.is_hidden)
+    exposed = [message for message in messages if not message.is_hidden] + step_messages(model, spread)
+    waiting = sum(machine.seconds(message, spread) * message.count for message in exposed)
+    waiting += max(0.0, hidden - computing)
+    documents = spread.groups * work.rows
+    tokens = documents * work.document_tokens
+    alone = tokens * per_token / machine.flops_per_second / spread.ranks
+    return TimePlan(
+        computing_seconds=computing,
+        waiting_seconds=waiting,
+        documents=documents,
+        tokens_per_second=tokens / (computing + waiting),
+        efficiency=alone / (computing + waiting),
+        received_bytes=sum(message.received_bytes * message.count for message in messages)
+        + sum(message.received_bytes for message in step_messages(model, spread)),
+    )
