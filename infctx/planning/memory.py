@@ -192,8 +192,8 @@ def _phase(model: Finch, chunk: ChunkPlan, spread: Spread, device: Device) -> Ph
         num_tokens=chunk.tokens_at_once(spread),
         hidden_bytes=hidden_bytes,
         is_recomputed=chunk.is_recomputed,
-        # A head that is divided is gathered when it is called, and cannot be fused with the loss.
-        has_fused_loss=not spread.shards_parameters and not hasattr(model.head, "base_layer"),
+        # ZeRO-3 gathers the head when it is called, so that it cannot be fused with the loss; FSDP2 before.
+        has_fused_loss=spread.strategy != "deepspeed_3" and not hasattr(model.head, "base_layer"),
         device=device,
     )
 

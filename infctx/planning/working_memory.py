@@ -52,8 +52,8 @@ def busiest_phase(
     copies = [_copies_bytes(block, hidden_bytes) for block in model.blocks]
     at_loss = Phase(
         activations=(per_token.embedding + blocks + per_token.last_norm + per_token.hidden) * num_tokens,
-        # Autocast holds every weight it has cast until the forward pass is over, also where nothing else needs it.
-        weight_copies=sum(copies),
+        # Only the graph of a block holds on to weights that autocast has cast.
+        weight_copies=0 if is_recomputed else sum(copies),
         working=_loss_bytes(model, num_tokens, hidden_bytes, has_fused_loss=has_fused_loss, device=device),
     )
     again = max(per_token.blocks) - per_token.shared if is_recomputed else 0
