@@ -29,7 +29,7 @@ from infctx.training.engine import Part, WholeWeights
 from infctx.training.optimizer_state import Numbers
 from infctx.training.precision import Precision, apply_precision_, cast_parameters_
 from infctx.training.ranks import ALONE, connect, count_devices
-from infctx.training.zero_stages import DeepSpeedStages
+from infctx.training.zero_stages import DeepSpeedStages, quieten
 
 # Importing Lightning takes seconds, and it warns about things its users cannot change.
 with warnings.catch_warnings():
@@ -201,6 +201,7 @@ class DeepSpeedEngine(FabricEngine):
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         with _quiet():
             wrapped, self.optimizer = self._stages.setup(self._fabric, objective, optimizer)
+        quieten()
         return wrapped
 
     def expect(self, *, is_last: bool) -> bool:

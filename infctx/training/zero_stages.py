@@ -57,7 +57,6 @@ class DeepSpeedStages:
             DeepSpeed's flat pieces.
         """
         _check_optimizer(optimizer)
-        _quieten()
         if self._stage == 3:
             import deepspeed
 
@@ -203,7 +202,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """For as long as the process lives: what DeepSpeed's use of torch warns about at every step helps nobody."""
     for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):
         warnings.filterwarnings("ignore", message=f"`torch.distributed.{name}` is deprecated", category=FutureWarning)

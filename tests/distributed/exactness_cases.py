@@ -144,13 +144,14 @@ def take_steps(
 
 
 def run_alone(case: Case) -> tuple[dict[str, torch.Tensor], dict[str, list[float | None]]]:
-    """The same in this process, with all rows in one group."""
+    """The same in this process, with the rows of each rank's groups side by side: a product of other rows at once is
+    rounded elsewhere, and in float32 that is more than what is looked for."""
     from dataclasses import replace
 
     from infctx.training.engine import WholeWeights
     from infctx.training.precision import apply_precision_
 
-    case = replace(case, accumulate=1, time_parallel=1)
+    case = replace(case, accumulate=case.accumulate * case.ranks // case.time_parallel, time_parallel=1)
     model = make_model(case)
     if case.dtype != "fp64":
         apply_precision_(model, "bf16" if case.dtype == "bf16" else "fp32")

@@ -65,6 +65,7 @@ def run_case(case: Case) -> tuple[dict[str, Tensor], dict[str, list[float | None
     with _states_are_unrounded():
         report = take_steps(case, model, objective, engine, source, before_update=keep_gradient)
     found.update({f"weight.{name}": engine.whole(part) for name, part in engine.trained().items()})
+    engine.ranks.close()
     return {name: tensor.contiguous().clone() for name, tensor in found.items()}, report
 
 

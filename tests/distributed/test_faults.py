@@ -70,7 +70,7 @@ def test_what_one_rank_finds_all_ranks_do(recipe: Path, tmp_path: Path) -> None:
         folder = tmp_path / f"poisoned-{strategy}"
         settings = ["bptt.window=2", *SPREAD[2], f"run.strategy={strategy}", f"run.folder={folder}", "run.steps=4"]
         poison = {"rank": 1, "step": 2, "do": "poison"}
-        stop = {"rank": 1, "chunk": 25, "do": "SIGTERM"}
+        stop = {"rank": 1, "chunk": 11, "do": "SIGTERM"}
         inside = [*settings[:-2], f"run.folder={tmp_path}/inside-{strategy}"]
         runs = [
             {"recipe": str(recipe), "overrides": settings, "at": poison},

@@ -16,40 +16,46 @@ from tests.distributed.processes import run_ranks
 
 WORKER = str(Path(__file__).with_name("exactness_worker.py"))
 # Relative, of each tensor. float32: what the same terms added up in another order differ by.
-# bf16 keeps 8 bits of a product, and other rows side by side are added up in another order.
+# bf16 keeps 8 bits of a product; ZeRO-3 cannot fuse the head with the loss.
 BOUND = {"fp32": 1e-6, "fp64": 1e-10, "bf16": 3e-2}
+# Parts of a chunk are rounded in other places than the whole.
+TIME_PARALLEL_BOUND = {"fp32": 1e-5, "fp64": 1e-10, "bf16": 3e-2}
 
 
-def cases_of(strategy: str, ranks: int, **shared: object) -> list[Case]:
+def cases_of(strategy: str, ranks: int) -> list[Case]:
     """The matrix of one strategy."""
-    base = {"strategy": strategy, "ranks": ranks, **shared}
-    settings: list[dict[str, object]] = [
-        {"window": window, "accumulate": accumulate, "optimizer": optimizer}
-        for window, accumulate, optimizer in [
-            (1, 1, "sgd"),
-            (3, 1, "adamw"),
-            ("document", 1, "sgd"),
-            ("document", 1, "adamw"),
+    offload = {"fsdp": "all", "deepspeed_3": "all"}.get(strategy, "optimizer")
+    if ranks == 4:
+        settings: list[dict[str, object]] = [
+            {"window": "document", "optimizer": "adamw"},
+            {"window": 1, "mode": "stream", "masked": True},
+            {"window": 3, "adapter": "lora", "is_recomputed": True},
+            {"window": "document", "time_parallel": 2, "masked": True, "optimizer": "adamw"},
+            {"window": 3, "time_parallel": 4, "adapter": "state", "is_recomputed": True},
         ]
-    ]
-    if ranks == 2:
-        settings += [{"window": "document", "accumulate": 2}, {"window": 1, "accumulate": 2, "optimizer": "adamw"}]
-    settings += [
-        {"window": 2, "mode": "stream"},
-        {"window": "document", "masked": True},
-        {"window": 2, "mode": "stream", "masked": True},
-        {"window": "document", "adapter": "lora", "optimizer": "adamw"},
-        {"window": "document", "adapter": "state"},
-        {"window": "document", "version": "5.2"},
-        {"window": 3, "is_recomputed": True},
-        {"window": 3, "dtype": "bf16", "adapter": "lora"},
-        {"window": "document", "dtype": "bf16"},
-        {"window": "document", "time_parallel": 2},
-        {"window": 2, "mode": "stream", "masked": True, "time_parallel": 2, "optimizer": "adamw"},
-    ]
+    else:
+        settings = [
+            {"window": 1},
+            {"window": 3, "optimizer": "adamw"},
+            {"window": "document"},
+            {"window": "document", "optimizer": "adamw"},
+            {"window": "document", "accumulate": 2},
+            {"window": 1, "accumulate": 2, "optimizer": "adamw"},
+            {"window": 2, "mode": "stream"},
+            {"window": "document", "masked": True},
+            {"window": 2, "mode": "stream", "masked": True},
+            {"window": "document", "adapter": "lora", "optimizer": "adamw"},
+            {"window": "document", "adapter": "state"},
+            {"window": "document", "version": "5.2"},
+            {"window": 3, "is_recomputed": True},
+            {"window": 3, "dtype": "bf16", "adapter": "lora"},
+            {"window": "document", "dtype": "bf16"},
+            {"window": "document", "time_parallel": 2},
+            {"window": 2, "mode": "stream", "masked": True, "time_parallel": 2, "optimizer": "adamw"},
+        ]
     if strategy != "ddp":
-        offload = {"fsdp": "all", "deepspeed_3": "all"}.get(strategy, "optimizer")
-        settings += [{"window": 3, "offload": offload, "optimizer": "adamw"}]
+        settings.append({"window": 3, "offload": offload, "optimizer": "adamw"})
+    base = {"strategy": strategy, "ranks": ranks}
     return [Case(name=f"{strategy}-{number:02}", **base, **keys) for number, keys in enumerate(settings)]
 
 
@@ -101,10 +107,11 @@ def check(cases: list[Case], folder: Path) -> None:
         errors = worst_errors(found, expected)
         line = f"{case.name}: {errors} {case}"
         table.append(line)
-        is_exact = max(error for error, _ in errors.values()) <= BOUND[case.dtype]
+        bound = (BOUND if case.time_parallel == 1 else TIME_PARALLEL_BOUND)[case.dtype]
+        is_exact = max(error for error, _ in errors.values()) <= bound
         for key, values in expected_report.items():
             numbers = [[-1.0 if value is None else value for value in series] for series in (report[key], values)]
-            is_exact &= torch.allclose(*map(torch.tensor, numbers), rtol=max(2e-6, BOUND[case.dtype]))
+            is_exact &= torch.allclose(*map(torch.tensor, numbers), rtol=2 * bound)
         if not is_exact:
             problems.append(line)
     print("\n".join(table))

@@ -15,6 +15,8 @@ from infctx.data.chunking import Chunk
 from infctx.model.finch import Finch
 from infctx.model.init import new_config
 from infctx.model.state import ModelState
+from infctx.model.time_parallel import bytes_per_chunk
+from infctx.planning.planned_model import released_shape
 from infctx.planning.spread import Spread
 from infctx.planning.time_model import Machine, Work, flops_per_token, plan_time
 from infctx.planning.traffic import chunk_messages, step_messages, time_parallel_messages
@@ -151,3 +153,14 @@ def test_a_shared_chunk_costs_the_same_messages_however_long_it_is(make_finch: C
 
 def step_bytes(model: Finch, spread: Spread) -> int:
     return sum(message.received_bytes for message in step_messages(model, spread))
+
+
+@pytest.mark.parametrize(("ranks", "rows", "hidden_bytes"), [(2, 1, 2), (8, 3, 2), (4, 2, 4)])
+def test_shared_chunks_send_what_the_model_counts(ranks: int, rows: int, hidden_bytes: int) -> None:
+    config = released_shape("1.6b")
+    for is_backward in (False, True):
+        passes = {"forwards": int(not is_backward), "backwards": int(is_backward)}
+        messages = time_parallel_messages(config, ranks, rows=rows, hidden_bytes=hidden_bytes, **passes)
+        planned = sum(message.received_bytes * message.count for message in messages)
+        counted = bytes_per_chunk(config, rows, ranks, hidden_bytes=hidden_bytes, is_backward=is_backward)
+        assert planned == counted
