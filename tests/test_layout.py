@@ -1,5 +1,6 @@
 """The shape of the project: imports, folders, the README's tree, and what importing it costs."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -204,3 +205,16 @@ def test_importing_infctx_is_cheap() -> None:
     done = run_python("import sys, infctx; print(*[name for name in sys.argv[1:] if name in sys.modules])", *heavy)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+def test_no_trainer_of_lightning() -> None:
+    """Its Trainer runs all chunks of a step inside one forward pass of the engine: with ZeRO-3 the gradient of all but
+    one chunk is lost without a word. Fabric calls the engine for each chunk."""
+    imported = set()
+    for path in sorted((ROOT / "infctx").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            imported |= {name for name in names if name.split(".")[0] in ("lightning", "pytorch_lightning")}
+    assert imported
+    assert all(name.startswith("lightning.fabric") for name in imported), imported
