@@ -18,8 +18,9 @@ from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.planning.activations import Device, activation_bytes_per_token
 from infctx.planning.spread import Spread
-from infctx.planning.working_memory import Phase, busiest_phase
+from infctx.planning.working_memory import Communication, Phase, busiest_phase
 from infctx.training.boundary_store import BLOCK_BYTES, Where, state_bytes
+from infctx.training.deepspeed_config import BUCKET_ELEMENTS
 from infctx.training.eight_bit_adamw import SMALLEST_8_BIT_ELEMENTS
 from infctx.training.optim import OptimizerName
 
@@ -27,8 +28,7 @@ from infctx.training.optim import OptimizerName
 RUNTIME_BYTES = 750_000_000
 # States of one chunk: before it, after it by layer and stacked, their gradients behind it and in front.
 LIVE_STATES = 6
-# Lightning's settings of DeepSpeed: elements of a bucket, of which two are in use; those ZeRO-3 keeps gathered.
-BUCKET_ELEMENTS = 200_000_000
+# DeepSpeed's own setting: what ZeRO-3 keeps gathered.
 MOST_GATHERED_ELEMENTS = 1_000_000_000
 
 
@@ -100,11 +100,11 @@ def plan_memory(
     on_device, on_host = _stored(model, spread, optimizer)
     phase = _phase(model, chunk, spread, device)
     on_device |= {
-        "gathered parameters": _gathered_bytes(model, spread),
+        "gathered parameters": phase.gathered,
         "activations": phase.activations,
         "weights in compute precision": phase.weight_copies,
         "working memory": phase.working,
-        "communication buckets": _bucket_bytes(model, spread),
+        "communication buckets": phase.sent,
     }
     one_state = state_bytes(ModelState.zeros(model.config, chunk.rows, dtype=torch.float32, device="meta"))
     on_device["states of the chunk"] = LIVE_STATES * one_state
@@ -153,34 +153,31 @@ def _moment_bytes(trained: list[nn.Parameter], spread: Spread, optimizer: Optimi
     return elements * (8 + beside)
 
 
-def _gathered_bytes(model: Finch, spread: Spread) -> int:
-    """Whole parameters that a rank holds while it computes.
+def _communication(model: Finch, spread: Spread, device: Device) -> Communication:
+    """Whole parameters that a rank holds while it computes, and gradients on their way.
 
-    FSDP2: those of the block at work, of the next one, which is on its way, and of the root: embedding, head, norms.
-    ZeRO-3: as many elements as it may keep, at most all of them. In the dtype they are stored in.
+    DDP: gradients lie in the buckets they are sent from. FSDP2: the root (embedding, head, norms) from the first chunk
+    of a step on, and in the backward pass two blocks, one at work and one on its way, in both directions (a CPU waits
+    for what it sends: one); whole gradients of the root stay until its end. ZeRO: as many elements as it may keep, at
+    most all, and two buckets.
     """
-    if not spread.shards_parameters:
-        return 0
+    if spread.strategy == "fsdp" and spread.ranks > 1:
+        root = _root_bytes(model, _gradient_bytes)
+        largest = max(_gradient_bytes(block.parameters()) for block in model.blocks)
+        blocks = largest if device == "cpu" else _two_largest(model, _gradient_bytes)
+        return Communication(
+            gathered_at_loss=_root_bytes(model, _whole),
+            gathered_at_block=_root_bytes(model, _whole) + _two_largest(model, _whole),
+            sent_at_loss=0,
+            sent_at_block=root + max(blocks, root),
+        )
+    gathered = sent = 0
+    if spread.strategy.startswith("deepspeed") and spread.ranks > 1:
+        sent = min(2 * BUCKET_ELEMENTS * 4, _gradient_bytes(model.parameters()))
     if spread.strategy == "deepspeed_3":
         elements = sum(p.numel() for p in model.parameters())
-        return round(_whole(model.parameters()) * min(1.0, MOST_GATHERED_ELEMENTS / elements))
-    return _root_bytes(model, _whole) + _two_largest(model, _whole)
-
-
-def _bucket_bytes(model: Finch, spread: Spread) -> int:
-    """Gradients on their way.
-
-    DDP keeps a second copy of each gradient in its buckets. FSDP2: whole gradients of the root until the end of the
-    backward pass, and of two blocks, one computing and one being reduced. DeepSpeed: two buckets.
-    """
-    if spread.ranks == 1:
-        return 0
-    if spread.strategy == "ddp":
-        return _gradient_bytes(model.parameters())
-    if spread.strategy == "fsdp":
-        root = _root_bytes(model, _gradient_bytes)
-        return root + max(_two_largest(model, _gradient_bytes), root)
-    return min(2 * BUCKET_ELEMENTS * 4, _gradient_bytes(model.parameters()))
+        gathered = round(_whole(model.parameters()) * min(1.0, MOST_GATHERED_ELEMENTS / elements))
+    return Communication(gathered_at_loss=gathered, gathered_at_block=gathered, sent_at_loss=sent, sent_at_block=sent)
 
 
 def _phase(model: Finch, chunk: ChunkPlan, spread: Spread, device: Device) -> Phase:
@@ -195,6 +192,7 @@ def _phase(model: Finch, chunk: ChunkPlan, spread: Spread, device: Device) -> Ph
         # ZeRO-3 gathers the head when it is called, so that it cannot be fused with the loss; FSDP2 before.
         has_fused_loss=spread.strategy != "deepspeed_3" and not hasattr(model.head, "base_layer"),
         device=device,
+        communication=_communication(model, spread, device),
     )
 
 

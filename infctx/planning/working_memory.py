@@ -19,16 +19,29 @@ from infctx.training.loss import LOGITS_AT_ONCE
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Phase:
-    """Bytes at one moment. weight_copies: of trained float32 weights in the dtype of the matrix products."""
+    """Bytes at one moment. weight_copies: of trained float32 weights in the dtype of the matrix products. gathered:
+    weights of which the rank has a part only, otherwise. sent: gradients on their way."""
 
     activations: int
     weight_copies: int
     working: int
+    gathered: int
+    sent: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.activations + self.weight_copies + self.working
+        return self.activations + self.weight_copies + self.working + self.gathered + self.sent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Communication:
+    """Bytes that weights and gradients of other ranks take, at the loss and while a block goes backward."""
+
+    gathered_at_loss: int
+    gathered_at_block: int
+    sent_at_loss: int
+    sent_at_block: int
 
 
 def busiest_phase(
@@ -40,6 +53,7 @@ def busiest_phase(
     is_recomputed: bool,
     has_fused_loss: bool,
     device: Device,
+    communication: Communication,
 ) -> Phase:
     """The moment of a chunk that takes most.
 
@@ -55,6 +69,8 @@ def busiest_phase(
         # Only the graph of a block holds on to weights that autocast has cast.
         weight_copies=0 if is_recomputed else sum(copies),
         working=_loss_bytes(model, num_tokens, hidden_bytes, has_fused_loss=has_fused_loss, device=device),
+        gathered=communication.gathered_at_loss,
+        sent=communication.sent_at_loss,
     )
     again = max(per_token.blocks) - per_token.shared if is_recomputed else 0
     matrix = _matrix_bytes(model.blocks[-1], hidden_bytes, device=device)
@@ -63,6 +79,8 @@ def busiest_phase(
         activations=(per_token.embedding + blocks + again + per_token.hidden) * num_tokens,
         weight_copies=max(copies) if is_recomputed else sum(copies),
         working=max(per_token.at_product * num_tokens + matrix, per_token.at_square * num_tokens),
+        gathered=communication.gathered_at_block,
+        sent=communication.sent_at_block,
     )
     return max(at_loss, at_block, key=lambda phase: phase.total)
 

@@ -157,7 +157,7 @@ def backward_through_windows(
         keeps_random_state: replay the random numbers of sweep 1 in sweep 2 (needed where `draws_random_numbers`).
         boundaries: where the states between the chunks of a window are kept.
         before_chunk: called before every chunk of either sweep with a function that tells the place; may raise.
-        expect: of an engine of many ranks: called before the forward pass of every chunk in sweep 2, with whether that
+        expect: of an engine: called before the forward pass of every chunk in sweep 2, with whether that
             is the last; answers whether its backward pass has to reach every trained parameter, with a gradient of 0 if
             need be. What an engine's pass misses, it may silently leave out, or take from the step before.
     """

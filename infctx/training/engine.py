@@ -91,8 +91,8 @@ class WholeWeights:
         self._model, self.optimizer, self._call_backward = model, optimizer, backward
 
     def expect(self, *, is_last: bool) -> bool:
-        """Nothing to prepare."""
-        return False
+        """The last pass reaches everything, so that an optimizer sees a gradient of 0 and not none, on all engines."""
+        return is_last
 
     def backward(self, scalar: Tensor) -> None:
         """Backward pass of one chunk's objective."""
@@ -147,7 +147,11 @@ class WholeWeights:
         """Put them into .grad."""
         parameters = dict(self._named())
         for name, gradient in gradients.items():
-            parameters[name].grad = gradient.to(parameters[name].device, copy=True)
+            place = parameters[name].grad
+            if place is None:
+                parameters[name].grad = gradient.to(parameters[name].device, copy=True)
+            else:
+                place.copy_(gradient)
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         assert self._model is not None, "an engine without a model"

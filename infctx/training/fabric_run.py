@@ -23,12 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from infctx.errors import RecipeError
+from infctx.model.state import ModelState
 from infctx.training.bptt import ChunkObjective
 from infctx.training.deepspeed_config import deepspeed_config
 from infctx.training.engine import Part, WholeWeights
 from infctx.training.optimizer_state import Numbers
 from infctx.training.precision import Precision, apply_precision_, cast_parameters_
 from infctx.training.ranks import ALONE, connect, count_devices
+from infctx.training.step_place import random_state, set_random_state
 from infctx.training.zero_stages import DeepSpeedStages, quieten
 
 # Importing Lightning takes seconds, and it warns about things its users cannot change.
@@ -90,12 +92,40 @@ class FabricEngine(WholeWeights):
 
 
 class DdpEngine(FabricEngine):
-    """All weights in every process. Gradients pile up in each, and are exchanged in the last backward pass."""
+    """All weights in every process. Gradients pile up in each, and are exchanged in the last backward pass.
+
+    They pile up in the buckets they are sent from: a gradient that was put in place by an exchange stays there.
+    """
 
     def expect(self, *, is_last: bool) -> bool:
         """Exchange gradients in the last backward pass only; of what it does not reach, they would not be."""
         self._ddp.require_backward_grad_sync = is_last
         return is_last
+
+    def forget_gradient(self) -> None:
+        """Begin a step, or begin it again."""
+        self.optimizer.zero_grad(set_to_none=False)
+
+    def setup(self, objective: ChunkObjective, make_optimizer: MakeOptimizer) -> nn.Module:
+        """Give weights their dtype and their place, then make the optimizer; call only what is returned."""
+        wrapped = super().setup(objective, make_optimizer)
+        # Exchanges of nothing before there are gradients, or the first steps would hold each of them twice: the first
+        # one finds the order in which gradients come, the second puts the buckets in it.
+        before = random_state(self.device)
+        for _ in range(2):
+            self.expect(is_last=True)
+            self.backward(self._weightless_loss(wrapped) * 0.0)
+        set_random_state(before, self.device)
+        self.forget_gradient()
+        return wrapped
+
+    def _weightless_loss(self, wrapped: nn.Module) -> Tensor:
+        """The objective of one token that reaches every trained parameter."""
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        state = ModelState.zeros(self._model.config, 1, dtype=self._model.state_dtype, device=self.device)
+        starts, weight = torch.ones_like(token, dtype=torch.bool), torch.ones_like(token, dtype=torch.float32)
+        loss, *after = wrapped(token, token, weight, starts, *state, with_loss=True)
+        return loss + sum(tensor.sum() for tensor in after)
 
     def _wrap(self, objective: ChunkObjective) -> nn.Module:
         wrapped = super()._wrap(objective)
@@ -436,7 +466,7 @@ def _choose_precision(wanted: str, *, on_cuda: bool) -> Precision:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hold back Fabric's advice about devices it was not asked to use."""
-    loggers = [logging.getLogger(name) for name in ("lightning.fabric", "lightning_utilities.core.rank_zero")]
+    loggers = [logging.getLogger(name) for name in ("lightning.fabric", "lightning.pytorch")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)

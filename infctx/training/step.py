@@ -157,7 +157,7 @@ def step_gradient(
                 keeps_random_state=keeps_random_state,
                 boundaries=boundaries,
                 before_chunk=pause,
-                expect=expect if engine.ranks.size > 1 else None,
+                expect=expect,
             )
             loss_sum, state = result.loss_sum, result.state
             differences.append(result.largest_difference)

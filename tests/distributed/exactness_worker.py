@@ -15,7 +15,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from exactness_cases import Case, make_model, make_objective, make_optimizer, make_source, take_steps
+from exactness_cases import (
+    Case,
+    make_model,
+    make_objective,
+    make_optimizer,
+    make_source,
+    reference_name,
+    run_alone,
+    take_steps,
+)
 
 from infctx.data.chunking import Chunk
 from infctx.training import bptt, fabric_run
@@ -31,8 +40,16 @@ def main() -> None:
     for case in cases:
         found, losses = run_case(case)
         if torch.distributed.get_rank() == 0:
-            save_file(found, folder / f"{case.name}.safetensors")
-            (folder / f"{case.name}.json").write_text(json.dumps(losses))
+            save(folder / case.name, found, losses)
+    references = {reference_name(case): case for case in cases}
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for name, case in list(references.items())[rank::ranks]:
+        save(folder / name, *run_alone(case))
+
+
+def save(path: Path, tensors: dict[str, Tensor], losses: dict[str, list[float | None]]) -> None:
+    save_file(tensors, f"{path}.safetensors")
+    Path(f"{path}.json").write_text(json.dumps(losses))
 
 
 def run_case(case: Case) -> tuple[dict[str, Tensor], dict[str, list[float | None]]]:
@@ -62,9 +79,12 @@ def run_case(case: Case) -> tuple[dict[str, Tensor], dict[str, list[float | None
             found.update({f"gradient.{name}": whole_gradient(engine, p) for name, p in names.items()})
 
     source = make_source(case, engine.ranks)
+    buckets = {name: parameter.grad.data_ptr() for name, parameter in names.items() if case.strategy == "ddp"}
     with _states_are_unrounded():
         report = take_steps(case, model, objective, engine, source, before_update=keep_gradient)
     found.update({f"weight.{name}": engine.whole(part) for name, part in engine.trained().items()})
+    # Gradients are kept once, in the buckets they are sent from.
+    assert buckets == {name: names[name].grad.data_ptr() for name in buckets}
     engine.ranks.close()
     return {name: tensor.contiguous().clone() for name, tensor in found.items()}, report
 

@@ -1,0 +1,22 @@
+"""Planned memory and traffic of ranks that divide weights, held to what two of them hold and send."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.processes import run_ranks
+
+
+@pytest.mark.timeout(400)
+def test_fsdp_holds_and_sends_what_is_planned(tmp_path: Path) -> None:
+    run_ranks([str(Path(__file__).with_name("fsdp_worker.py")), str(tmp_path / "found")], ranks=2, seconds=300)
+    for found in json.loads((tmp_path / "found").read_text()):
+        print(found)
+        assert found["planned"] == pytest.approx(found["measured"], rel=0.05)
+        assert found["planned gathered"] == found["gathered"]
+        assert found["planned reduced"] == found["reduced"]
+        # The gradient piles up in parts: nowhere between two chunks is there a whole one.
+        assert found["between chunks"] <= found["own gradient"] + 1.01 * found["states"]
