@@ -17,7 +17,8 @@ from tests.distributed.processes import run_ranks
 WORKER = str(Path(__file__).with_name("exactness_worker.py"))
 STRATEGIES = ("ddp", "fsdp", "deepspeed_1", "deepspeed_2", "deepspeed_3")
 # Relative, of each tensor. float32: what the same terms added up in another order differ by.
-BOUND = {"fp32": 1e-6, "fp64": 1e-10, "bf16": 1e-6}
+# bf16: where that tips the last of a product's 8 bits.
+BOUND = {"fp32": 1e-6, "fp64": 1e-10, "bf16": 1e-5}
 # Parts of a chunk are rounded in other places than the whole.
 TIME_PARALLEL_BOUND = {"fp32": 1e-5, "fp64": 1e-10}
 
