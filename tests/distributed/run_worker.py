@@ -26,7 +26,7 @@ from infctx.checkpoint import run_state
 from infctx.errors import InfctxError, MachineError
 from infctx.recipe.load import load_recipe
 from infctx.training import loop
-from infctx.training.fabric_run import FabricEngine
+from infctx.training.fabric_run import DeepSpeedEngine, FabricEngine
 from infctx.training.progress import SilentProgress
 from infctx.training.ranks import Ranks
 from infctx.training.signals import StopRequested
@@ -63,7 +63,7 @@ class _Act:
         self._at, self._chunks, self._is_poisoned = at, 0, False
 
     def patches(self) -> list[Any]:
-        settle, most, backward = loop._settle, Ranks.most, FabricEngine.backward
+        settle, most = loop._settle, Ranks.most
 
         def settle_and_act(run: Any, done: Any, *others: Any) -> None:
             owed = done.owed is not None
@@ -78,14 +78,20 @@ class _Act:
                     self._do()
             return most(ranks, *numbers)
 
-        def backward_or_poison(engine: FabricEngine, scalar: torch.Tensor) -> None:
-            backward(engine, scalar * float("inf") if self._is_poisoned else scalar)
-            self._is_poisoned = False
+        def poisoned(kind: type[FabricEngine]) -> Any:
+            backward = kind.backward
+
+            def backward_or_poison(engine: FabricEngine, scalar: torch.Tensor) -> None:
+                backward(engine, scalar * float("inf") if self._is_poisoned else scalar)
+                self._is_poisoned = False
+
+            return mock.patch.object(kind, "backward", backward_or_poison)
 
         return [
             mock.patch.object(loop, "_settle", settle_and_act),
             mock.patch.object(Ranks, "most", most_and_act),
-            mock.patch.object(FabricEngine, "backward", backward_or_poison),
+            poisoned(FabricEngine),
+            poisoned(DeepSpeedEngine),
         ]
 
     def _do(self) -> None:

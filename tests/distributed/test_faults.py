@@ -89,7 +89,7 @@ def test_what_one_rank_finds_all_ranks_do(recipe: Path, tmp_path: Path) -> None:
     run_one(str(recipe), ["bptt.window=2", *SPREAD[1], f"run.folder={straight}"])
     for strategy in ("ddp", "fsdp", "deepspeed_2"):
         folder = tmp_path / f"inside-{strategy}"
-        for line, other in zip(lines(folder), lines(straight), strict=True):
+        for line, other in zip(lines(folder)[1:], lines(straight)[1:], strict=True):
             assert line["loss"] == pytest.approx(other["loss"], rel=1e-6)
         for name, tensor in weights(folder).items():
             difference = float((tensor - weights(straight)[name]).norm() / weights(straight)[name].norm())
