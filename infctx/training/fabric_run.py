@@ -154,9 +154,6 @@ class FsdpEngine(FabricEngine):
             parameter = parameters[int(place.split(".", 1)[0])]
             parts[place] = _part_of(parameter, tensor) if tensor.shape == parameter.shape else tensor
         super().load(trained, parts, numbers)
-        for module in self._fsdp_modules():
-            # What a forward pass has left collected would be computed with once more.
-            module.reshard()
 
     def put(self, part: Part, whole: Tensor) -> None:
         """Put this rank's part of a whole tensor in its place."""
@@ -174,13 +171,9 @@ class FsdpEngine(FabricEngine):
             parameter.grad = torch.zeros_like(parameter)
             parameter.grad.to_local().copy_(gradient)
 
-    def _fsdp_modules(self) -> Iterator[nn.Module]:
-        return (module for module in self._objective.modules() if hasattr(module, "set_requires_gradient_sync"))
-
     def _wrap(self, objective: ChunkObjective) -> nn.Module:
         # A block gives out views of its activations, which nothing here writes to.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        self._objective = objective
         return self._fabric.setup_module(objective)
 
     def shard(self, objective: ChunkObjective, mesh: Any) -> nn.Module:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import infctx
 from infctx.model.finch import Finch
+from infctx.trained import open_trained
 from tests.distributed.processes import run_ranks
 
 WORKER = str(Path(__file__).with_name("run_worker.py"))
@@ -20,6 +21,13 @@ SPREAD = {
     1: ["run.devices=1", "run.rows=4"],
     2: ["run.devices=2", "run.rows=2", "run.strategy=fsdp"],
     4: ["run.devices=4", "run.rows=2", "run.strategy=ddp", "run.time_parallel=2"],
+}
+# Some modes spread their weights otherwise.
+STRATEGIES = {
+    ("document", 2): ["run.strategy=deepspeed_3"],
+    ("document", 4): ["run.strategy=deepspeed_1"],
+    ("adapter", 2): ["run.strategy=ddp"],
+    ("adapter", 4): ["run.strategy=fsdp"],
 }
 MODES = {
     "document": ["bptt.window=document"],
@@ -69,20 +77,24 @@ def weights(folder: Path, group: str = "trainable") -> dict[str, torch.Tensor]:
     return tensors
 
 
+def overrides(mode: str, ranks: int, folder: str) -> list[str]:
+    return [*MODES[mode], *SPREAD[ranks], *STRATEGIES.get((mode, ranks), []), folder]
+
+
 @pytest.mark.timeout(900)
 def test_ranks_come_and_go(recipe: Path, tmp_path: Path) -> None:
     pairs = [(before, after) for before in SPREAD for after in SPREAD if before != after]
     begun = {ranks: [] for ranks in SPREAD}
     continued = {ranks: [] for ranks in SPREAD}
     for before, after in pairs:
-        for mode, settings in MODES.items():
+        for mode in MODES:
             folder = f"run.folder={tmp_path}/{mode}-{before}-{after}"
             stop = {"rank": before - 1, "step": 3, "do": "SIGTERM"}
-            begun[before].append({"recipe": str(recipe), "overrides": [*settings, *SPREAD[before], folder], "at": stop})
-            continued[after].append({"recipe": str(recipe), "overrides": [*settings, *SPREAD[after], folder]})
-    for mode, settings in MODES.items():
+            begun[before].append({"recipe": str(recipe), "overrides": overrides(mode, before, folder), "at": stop})
+            continued[after].append({"recipe": str(recipe), "overrides": overrides(mode, after, folder)})
+    for mode in MODES:
         folder = f"run.folder={tmp_path}/{mode}-straight"
-        continued[1].append({"recipe": str(recipe), "overrides": [*settings, *SPREAD[1], folder]})
+        continued[1].append({"recipe": str(recipe), "overrides": overrides(mode, 1, folder)})
     for ranks, runs in begun.items():
         for of_ranks in spread(recipe, runs, ranks=ranks):
             assert [told.get("stopped") for told in of_ranks] == ["SIGTERM"] * ranks, of_ranks
@@ -93,6 +105,8 @@ def test_ranks_come_and_go(recipe: Path, tmp_path: Path) -> None:
     for mode in MODES:
         straight = tmp_path / f"{mode}-straight"
         expected, expected_weights = lines(straight), weights(straight)
+        tokens = torch.arange(97, 123)[None]
+        expected_logits, _ = open_trained(straight).model(tokens)
         for before, after in pairs:
             folder = tmp_path / f"{mode}-{before}-{after}"
             found = lines(folder)
@@ -108,6 +122,9 @@ def test_ranks_come_and_go(recipe: Path, tmp_path: Path) -> None:
             for name, tensor in weights(folder).items():
                 difference = float((tensor - expected_weights[name]).norm() / expected_weights[name].norm())
                 assert difference < 1e-6, (folder.name, name, difference)
+            # What is exported, by this process alone.
+            logits, _ = open_trained(folder).model(tokens)
+            torch.testing.assert_close(logits, expected_logits, rtol=0.0, atol=1e-5)
             if mode == "adapter":
                 found_adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
                 for name, tensor in load_file(straight / "adapter" / "adapter_model.safetensors").items():
