@@ -112,7 +112,9 @@ def _run_as_rank(
     lock = contextlib.ExitStack()
     try:
         with together(ranks) as share:
-            _check_same("recipe", share(recipe.to_mapping()))
+            sections = recipe.to_mapping()
+            keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+            _check_same("recipe", share(keys))
             begun = _begin(recipe, fresh=fresh) if ranks.is_first else None
             recipe, finished = share(begun)[0]
             if finished is not None:
