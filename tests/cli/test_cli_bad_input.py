@@ -36,7 +36,7 @@ RECIPES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "template that does not fit": ({"data": {"template": "completion"}}, ["rows.jsonl:1", "prompt"]),
     "tokenizer too big": ({"data": {"tokenizer": "world"}}, ["rows.jsonl:", "257", "world"]),
     "backend": ({"kernel": {"backend": "warp"}}, ["kernel.backend", "warp", "torch"]),
-    "two devices": ({"run": {"devices": 2}}, ["run.devices", "2"]),
+    "two devices": ({"run": {"devices": 2, "strategy": "single"}}, ["run.strategy", "2 devices", "ddp"]),
     "freeze nothing": ({"adapter": {"freeze": ["embeding.*"]}}, ["adapter.freeze", "embeding", "embedding"]),
     "freeze all": ({"adapter": {"freeze": ["*"]}}, ["adapter.freeze"]),
     "target": ({"adapter": {"kind": "lora", "targets": ["recptance"]}}, ["adapter.targets", "receptance"]),

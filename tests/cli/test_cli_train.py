@@ -195,7 +195,8 @@ def test_a_changed_recipe_is_refused_in_a_used_folder(
         for command in ("train", "check"):
             refused = cli(command, recipe, f"{key}={new}").refused(key, old, new, "--fresh", str(tmp_path / "run"))
             assert [other for other in changes if other in refused.err] == [key]
-    cli("train", recipe, "adapter.kind=lora", "run.rows=3").refused("adapter.kind", "run.rows")
+    cli("train", recipe, "adapter.kind=lora", "run.seed=1").refused("adapter.kind", "run.seed")
+    cli("train", recipe, "run.rows=3", "run.accumulate=2").refused("run.rows × run.accumulate", "--fresh")
     assert snapshot(tmp_path) == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -126,6 +127,8 @@ def step(model: Finch, objective: torch.nn.Module, engine: Engine, live: LiveByt
 
     def backward(scalar: Tensor) -> None:
         engine.backward(scalar)
+        # What only a cycle of references keeps.
+        gc.collect()
         between.append(live.now() if live is not None else 0)
 
     state = ModelState.zeros(model.config, 1, dtype=torch.float32, device="cpu")

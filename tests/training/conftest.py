@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from infctx.export.catalog import save_model
 from infctx.model.finch import Finch
 from infctx.recipe.load import load_recipe
 from infctx.recipe.schema import Recipe
-from infctx.training.signals import StopRequested, StopSignals
+from infctx.training.signals import StopSignals
 
 
 @pytest.fixture
@@ -45,13 +46,15 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None
     """Lets a run be stopped at its n-th chunk, of training or validation, as a signal there would."""
     left: list[int | None] = [None]
 
-    def count(self: StopSignals, number: int) -> None:
-        if left[0] is not None:
-            if left[0] == 0:
-                raise StopRequested("SIGTERM")
-            left[0] -= 1
+    def count(self: StopSignals) -> int:
+        if left[0] is None:
+            return 0
+        if left[0] == 0:
+            return signal.SIGTERM.value
+        left[0] -= 1
+        return 0
 
-    monkeypatch.setattr(StopSignals, "raise_if", count)
+    monkeypatch.setattr(StopSignals, "number", property(count))
 
     def set_stop(chunks: int | None) -> None:
         left[0] = chunks

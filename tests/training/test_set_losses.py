@@ -431,7 +431,7 @@ def test_shorter_chunks_for_want_of_memory_count_nothing_twice(
         assert left is not None
         # In the second sweep of the second group of the second step.
         assert left.state.step == 1
-        assert {"groups_set_losses", "set_losses"} <= left.state.tensors["under_way"].keys()
+        assert {"0.groups_set_losses", "0.set_losses"} <= left.state.tensors["under_way"].keys()
     forward = ChunkObjective.forward
     calls = 0
 
