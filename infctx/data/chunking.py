@@ -196,8 +196,8 @@ class RowChunks(CutWhenAsked):
         chunk, piece = divmod(index, self.pieces_per_chunk)
         begin = chunk * self.chunk_tokens + piece * self.piece_tokens
         end = min(begin + self.piece_tokens, (chunk + 1) * self.chunk_tokens, self.num_tokens)
-        chunk = _cut(self.rows, begin, end, index=index, num_sets=self.num_sets, peers=self.peers)
-        return chunk if self.part == (0, 1) else chunk.slice_of(*self.part)
+        whole = _cut(self.rows, begin, end, index=index, num_sets=self.num_sets, peers=self.peers)
+        return whole if self.part == (0, 1) else whole.slice_of(*self.part)
 
 
 def join_pieces(pieces: Iterable[tuple[Document, int]], *, num_tokens: int) -> RowSlice:
