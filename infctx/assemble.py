@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +39,7 @@ from infctx.run_folder import (
     from_anywhere,
     last_checkpoint,
 )
-from infctx.spread import check_spread, is_spread
+from infctx.spread import check_alone, check_spread, is_spread
 from infctx.training.activation_memory import should_recompute
 from infctx.training.averaged_weights import AveragedWeights
 from infctx.training.boundary_store import BoundaryPlan, choose_store, free_bytes, free_host_bytes, state_bytes
@@ -73,6 +74,8 @@ def run_recipe(recipe: Recipe, progress: Progress, *, fresh: bool = False) -> di
         MachineError: the disk or the memory failed; names the last good checkpoint.
     """
     recipe = from_anywhere(recipe.resolved())
+    if not is_spread(recipe):
+        check_alone(os.environ)
     # Who the others are has to be known before anything is looked at together.
     engine = _open_engine(recipe) if is_spread(recipe) else None
     ranks = ALONE if engine is None else engine.ranks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 
 import torch
 
@@ -25,6 +26,19 @@ def num_processes(recipe: Recipe) -> int:
 def data_ranks(recipe: Recipe) -> int:
     """Processes, or groups of them that share each chunk, with rows of their own."""
     return max(1, num_processes(recipe) * recipe.run.num_nodes // recipe.run.time_parallel)
+
+
+def check_alone(environ: Mapping[str, str]) -> None:
+    """Refuse a process that torchrun has started as one of several, for a recipe that wants one.
+
+    Raises: RecipeError.
+    """
+    started = environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in environ and started != "1":
+        raise RecipeError(
+            f"run.devices: torchrun has started {started} processes, and the recipe asks for one. Set run.devices and "
+            "run.num_nodes to what was started."
+        )
 
 
 def check_spread(recipe: Recipe) -> None:

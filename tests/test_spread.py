@@ -13,7 +13,7 @@ from infctx.errors import RecipeError
 from infctx.recipe.load import write_recipe
 from infctx.recipe.schema import Recipe
 from infctx.run_folder import as_begun
-from infctx.spread import check_spread, data_ranks, is_spread, num_processes
+from infctx.spread import check_alone, check_spread, data_ranks, is_spread, num_processes
 
 
 def make(folder: Path = Path("runs/x"), **run: Any) -> Recipe:
@@ -58,6 +58,14 @@ def test_what_is_not_there_is_refused(gpus: Any, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(RecipeError, match=r"deepspeed_2 needs the package deepspeed.*infctx\[deepspeed\]"):
         check_spread(make(devices=2, strategy="deepspeed_2"))
     check_spread(make(devices=2, strategy="fsdp"))
+
+
+def test_processes_that_nobody_asked_for_are_refused() -> None:
+    check_alone({})
+    check_alone({"WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+    check_alone({"WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"})
+    with pytest.raises(RecipeError, match="torchrun has started 2 processes"):
+        check_alone({"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"})
 
 
 def test_a_run_keeps_the_rows_of_its_steps(tmp_path: Path, gpus: Any) -> None:

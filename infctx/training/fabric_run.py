@@ -342,7 +342,8 @@ def open_engine(
             fabric.launch()
         return FabricEngine(fabric, ranks=ALONE, **settings)
     environment = _environment(num_devices, num_nodes)
-    timeout = timedelta(seconds=hang_seconds)
+    # The watch over the ranks is to be the first to say what is wrong.
+    timeout = timedelta(seconds=2 * hang_seconds)
     engines: list[FabricEngine] = []
     stages = None
     if chosen.startswith("deepspeed"):
