@@ -1,4 +1,4 @@
-"""Planned memory and traffic of ranks that divide weights, held to what two of them hold and send."""
+"""Planned memory and traffic of ranks, held to what two of them hold and send."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests.distributed.processes import run_ranks
 
 
 @pytest.mark.timeout(400)
-def test_fsdp_holds_and_sends_what_is_planned(tmp_path: Path) -> None:
-    run_ranks([str(Path(__file__).with_name("fsdp_worker.py")), str(tmp_path / "found")], ranks=2, seconds=300)
+def test_ranks_hold_and_send_what_is_planned(tmp_path: Path) -> None:
+    run_ranks([str(Path(__file__).with_name("ranks_worker.py")), str(tmp_path / "found")], ranks=2, seconds=300)
     for found in json.loads((tmp_path / "found").read_text()):
         print(found)
         assert found["planned"] == pytest.approx(found["measured"], rel=0.05)

@@ -1,4 +1,4 @@
-"""One of several processes: counts what a step under FSDP2 holds and sends. Argument: the file for what was found."""
+"""One of two processes: what a step holds and sends, under DDP and FSDP2. Argument: the file for what was found."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.planning.live_bytes import LiveBytes
 from infctx.planning.memory import ChunkPlan, plan_memory
-from infctx.planning.spread import Spread
+from infctx.planning.spread import Spread, Strategy
 from infctx.planning.traffic import chunk_messages
 from infctx.training.bptt import ChunkObjective
 from infctx.training.engine import Engine
@@ -46,7 +46,8 @@ def main() -> None:
     # What oneDNN makes for itself is seen by nobody.
     products.onednn_is_faster = lambda: False
     found = [
-        measure(is_lora=is_lora, is_recomputed=is_recomputed)
+        measure(strategy, is_lora=is_lora, is_recomputed=is_recomputed)
+        for strategy in ("ddp", "fsdp")
         for is_lora in (False, True)
         for is_recomputed in (False, True)
     ]
@@ -54,21 +55,21 @@ def main() -> None:
         Path(sys.argv[1]).write_text(json.dumps(found))
 
 
-def measure(*, is_lora: bool, is_recomputed: bool) -> dict[str, int]:
+def measure(strategy: Strategy, *, is_lora: bool, is_recomputed: bool) -> dict[str, int]:
     model = random_finch(
         n_layer=6, n_embd=128, head_size=32, dim_ffn=448, lerp_rank=8, decay_rank=8, vocab_size=VOCAB_SIZE
     )
     if is_lora:
         attach_lora(model, rank=8, alpha=16.0, targets=["receptance", "key", "value", "gate", "output"])
     model.train().recompute_layers(is_recomputed)
-    spread = Spread(ranks=2, strategy="fsdp")
+    spread = Spread(ranks=2, strategy=strategy)
     chunk = ChunkPlan(chunk_tokens=TOKENS, boundary_states=CHUNKS - 1, is_recomputed=is_recomputed)
     model.compute_dtype = torch.float32
     plan = plan_memory(model, chunk, spread=spread, device="cpu")
     messages = chunk_messages(
         model, spread, rows=1, chunks=CHUNKS, sweep_1_chunks=CHUNKS - 1, is_recomputed=is_recomputed
     )
-    engine = open_engine(devices=2, strategy="fsdp", precision="fp32", hang_seconds=120.0)
+    engine = open_engine(devices=2, strategy=strategy, precision="fp32", hang_seconds=120.0)
     objective = engine.setup(
         ChunkObjective(model),
         lambda: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, foreach=False),
@@ -78,7 +79,9 @@ def measure(*, is_lora: bool, is_recomputed: bool) -> dict[str, int]:
     engine.forget_gradient()
     between.clear()
     moments = [value for state in engine.optimizer.state.values() for value in state.values()]
-    existing = [_local(tensor) for tensor in [*model.parameters(), *moments]]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    existing = [_local(tensor) for tensor in [*model.parameters(), *moments, *gradients]]
+    kept = sum(_local(gradient).nbytes for gradient in gradients)
     with Counted(existing) as live:
         before = live.now()
         step(model, objective, engine, live, between)
@@ -94,7 +97,7 @@ def measure(*, is_lora: bool, is_recomputed: bool) -> dict[str, int]:
         "reduced": live.received["_reduce_scatter_base_"],
         "planned reduced": _planned(messages, "gradients"),
         # Beside what was there, the gradient and the states; the graph of the chunk is gone.
-        "between chunks": max(between) - before - boundaries,
+        "between chunks": max(between) - before - boundaries + kept,
         "own gradient": own,
         "states": plan.device["states of the chunk"],
     }
