@@ -39,21 +39,25 @@ def cases_of(strategy: str, ranks: int) -> list[Case]:
             {"window": 1},
             {"window": 3, "optimizer": "adamw"},
             {"window": "document"},
-            {"window": "document", "optimizer": "adamw"},
             {"window": "document", "accumulate": 2},
             {"window": 1, "accumulate": 2, "optimizer": "adamw"},
-            {"window": 2, "mode": "stream"},
             {"window": "document", "masked": True},
             {"window": 2, "mode": "stream", "masked": True},
-            {"window": "document", "adapter": "lora", "optimizer": "adamw"},
-            {"window": "document", "adapter": "state"},
-            {"window": "document", "version": "5.2"},
-            {"window": 3, "is_recomputed": True},
             {"window": 3, "dtype": "bf16", "adapter": "lora"},
-            {"window": "document", "dtype": "bf16"},
-            {"window": "document", "time_parallel": 2},
             {"window": 2, "mode": "stream", "masked": True, "time_parallel": 2, "optimizer": "adamw"},
         ]
+        if not strategy.startswith("deepspeed"):
+            settings += [
+                {"window": "document", "optimizer": "adamw"},
+                {"window": 2, "mode": "stream"},
+                {"window": "document", "adapter": "lora", "optimizer": "adamw"},
+                {"window": "document", "adapter": "state"},
+                {"window": "document", "version": "5.2"},
+                {"window": 3, "is_recomputed": True},
+                {"window": "document", "time_parallel": 2},
+            ]
+        if strategy in ("ddp", "deepspeed_3"):
+            settings.append({"window": "document", "dtype": "bf16"})
     if strategy != "ddp":
         settings.append({"window": 3, "offload": offload, "optimizer": "adamw"})
     base = {"strategy": strategy, "ranks": ranks}
