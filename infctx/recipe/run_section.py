@@ -31,6 +31,7 @@ _OWN_DEEPSPEED_KEYS = (
     "zero_optimization.stage",
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
+    "managed_gradient_accumulation",
 )
 
 

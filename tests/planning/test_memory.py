@@ -138,10 +138,9 @@ def test_planned_peak_is_the_counted_one(make_finch: Callable[..., Finch], case:
     assert plan.device_bytes - block == pytest.approx(counted - block, rel=0.05)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Nothing is saved by a recomputed block until it is computed again.
+@pytest.mark.parametrize("case", [case for case in CASES if not case.is_recomputed], ids=str)
 def test_saved_tensors_are_those_of_the_formula(make_finch: Callable[..., Finch], case: Case) -> None:
-    if case.is_recomputed:
-        pytest.skip("nothing is saved by a recomputed block until it is")
     model = small_model(make_finch, case)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 

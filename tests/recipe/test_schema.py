@@ -222,6 +222,7 @@ def test_every_key_is_described() -> None:
         ("run", {"deepspeed": {"aio": {}}}),
         ("run", {"strategy": "deepspeed_1", "deepspeed": {"zero_optimization": {"stage": 3}}}),
         ("run", {"strategy": "deepspeed_1", "deepspeed": {"gradient_clipping": 1.0}}),
+        ("run", {"strategy": "deepspeed_1", "deepspeed": {"managed_gradient_accumulation": False}}),
         ("run", {"devices": 4, "time_parallel": 3}),
         ("run", {"devices": 2, "num_nodes": 3, "time_parallel": 4}),
         ("run", {"hang_seconds": 1}),
