@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +42,9 @@ with warnings.catch_warnings():
     from lightning.fabric.plugins import Precision as FabricPrecision
     from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
     from lightning.fabric.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
+
+# A minute or two, of a processor that has other work.
+_LONGEST_BUILD_SECONDS = 300.0
 
 MakeOptimizer = Callable[[], torch.optim.Optimizer]
 
@@ -406,6 +411,7 @@ def _deepspeed_strategy(config: dict[str, Any], *, timeout: timedelta) -> Strate
             self._setup_distributed()
 
         def _setup_distributed(self) -> None:
+            _tell_of_builds()
             self._set_world_ranks()
             self._init_deepspeed_distributed()
             self._format_config()
@@ -427,6 +433,20 @@ def _deepspeed_strategy(config: dict[str, Any], *, timeout: timedelta) -> Strate
             return engine, optimizer, None
 
     return OnCpu(config=config, logging_level=logging.WARNING, timeout=timeout)
+
+
+def _tell_of_builds() -> None:
+    """DeepSpeed waits without a word and without an end for a build that a killed process has left."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    for lock in Path(get_default_build_root()).glob("*/deepspeed*/lock"):
+        if time.time() - lock.stat().st_mtime < _LONGEST_BUILD_SECONDS:
+            continue
+        logging.getLogger(__name__).warning(
+            "DeepSpeed waits until another process has built its extension. None should need this long: stop the run, "
+            "delete %s and start again.",
+            lock,
+        )
 
 
 def _environment(num_devices: int, num_nodes: int) -> Any:

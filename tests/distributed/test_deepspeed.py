@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -125,3 +126,24 @@ def test_config_passes_on_what_it_is_told() -> None:
 def test_config_refuses(extra: dict[str, object]) -> None:
     with pytest.raises(RecipeError, match=next(iter(extra))):
         deepspeed_config(stage=3, extra=extra)
+
+
+def test_a_build_that_a_killed_process_has_left_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from infctx.training.fabric_run import _tell_of_builds
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    from torch.utils.cpp_extension import get_default_build_root
+
+    folder = Path(get_default_build_root()) / "py311_cpu" / "deepspeed_shm_comm_op"
+    folder.mkdir(parents=True)
+    _tell_of_builds()
+    assert not caplog.records
+    (folder / "lock").touch()
+    _tell_of_builds()
+    assert not caplog.records, "a build under way is nothing to tell of"
+    os.utime(folder / "lock", (0, 0))
+    _tell_of_builds()
+    assert str(folder / "lock") in caplog.text
