@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from infctx.run_folder import (
     RESULT_FILE,
     RESULT_KEYS,
     as_begun,
+    as_kept,
     beside,
     finished_result,
     from_anywhere,
@@ -77,10 +78,12 @@ def run_recipe(recipe: Recipe, progress: Progress, *, fresh: bool = False) -> di
     if not is_spread(recipe):
         check_alone(os.environ)
     # Who the others are has to be known before anything is looked at together.
-    engine = _open_engine(recipe) if is_spread(recipe) else None
+    last_words = _LastWords()
+    engine = _open_engine(recipe, last_words) if is_spread(recipe) else None
     ranks = ALONE if engine is None else engine.ranks
     try:
-        result = _run_as_rank(recipe, engine, ranks, progress if ranks.is_first else SilentProgress(), fresh=fresh)
+        shown = progress if ranks.is_first else SilentProgress()
+        result = _run_as_rank(recipe, engine, ranks, shown, last_words, fresh=fresh)
     except BaseException as error:
         if isinstance(error, StopRequested) or getattr(error, "is_shared", False):
             error.is_told = not ranks.is_first  # type: ignore[union-attr]
@@ -92,7 +95,16 @@ def run_recipe(recipe: Recipe, progress: Progress, *, fresh: bool = False) -> di
     return {**result, "speaks": ranks.is_first}
 
 
-def _open_engine(recipe: Recipe) -> FabricEngine:
+class _LastWords:
+    """What a run ends with that has lost a rank. folder: where it has come to be; None = nowhere yet."""
+
+    folder: Path | None = None
+
+    def __call__(self) -> str:
+        return "" if self.folder is None else last_checkpoint(self.folder)
+
+
+def _open_engine(recipe: Recipe, last_words: Callable[[], str]) -> FabricEngine:
     check_spread(recipe)
     run = recipe.run
     return open_engine(
@@ -104,12 +116,18 @@ def _open_engine(recipe: Recipe) -> FabricEngine:
         offload=run.offload,
         deepspeed=run.deepspeed,
         hang_seconds=run.hang_seconds,
-        last_words=lambda: last_checkpoint(Path(run.folder)),
+        last_words=last_words,
     )
 
 
 def _run_as_rank(
-    recipe: Recipe, engine: FabricEngine | None, ranks: Ranks, progress: Progress, *, fresh: bool
+    recipe: Recipe,
+    engine: FabricEngine | None,
+    ranks: Ranks,
+    progress: Progress,
+    last_words: _LastWords,
+    *,
+    fresh: bool,
 ) -> dict[str, Any]:
     folder = Path(recipe.run.folder)
     lock = contextlib.ExitStack()
@@ -122,14 +140,14 @@ def _run_as_rank(
             recipe, finished = share(begun)[0]
             if finished is not None:
                 return {**finished, "already_finished": True}
-            folder = Path(recipe.run.folder)
+            folder = last_words.folder = Path(recipe.run.folder)
             # Everything that can be wrong with the recipe, the model or the data is found before the folder is made.
             # On every machine one rank goes first: what it prepares on the disk, the others find there.
-            parts = None
+            parts, engine = None, engine or _open_engine(recipe, last_words)
             for goes_first in (True, False):
                 if (ranks.local_rank == 0) == goes_first:
                     with ranks.patient("opening the model and the data"):
-                        parts = _open_parts(recipe, engine or _open_engine(recipe), _quietly(progress.message))
+                        parts = _open_parts(recipe, engine, _quietly(progress.message))
                 share(None)
             assert parts is not None
             _check_same("model and data", share(_fingerprints(parts)))
@@ -165,8 +183,9 @@ def _check_same(what: str, of_ranks: Sequence[Mapping[str, object]]) -> None:
     """Refuse ranks that would train something else than the first."""
     for rank, other in enumerate(of_ranks):
         if other != of_ranks[0]:
-            differing = [key for key, value in of_ranks[0].items() if other.get(key) != value]
-            pairs = [f"{key}: {of_ranks[0][key]} on rank 0, {other.get(key)} on rank {rank}" for key in differing]
+            keys = dict.fromkeys([*of_ranks[0], *other])
+            differing = [key for key in keys if of_ranks[0].get(key) != other.get(key)]
+            pairs = [f"{key}: {of_ranks[0].get(key)} on rank 0, {other.get(key)} on rank {rank}" for key in differing]
             raise RecipeError(
                 f"The {what} of rank {rank} differs from that of rank 0: {'; '.join(pairs)}. Give every machine the "
                 "same recipe, files and packages."
@@ -194,7 +213,7 @@ def _enter_folder(recipe: Recipe, parts: _Parts, folder: Path) -> dict[str, Any]
     if (finished := finished_result(folder)) is not None:
         return finished
     remove_unfinished(folder)
-    write_recipe(_with_choices(recipe, parts), folder / RECIPE_FILE)
+    write_recipe(as_kept(folder, _with_choices(recipe, parts)), folder / RECIPE_FILE)
     _write_json(folder / LEDGER_FILE, parts.data.account())
     keep_start(parts.adapter, folder, base_fingerprint=parts.model_file.fingerprint)
     # A killed run's boundaries are worth nothing to the next one.
@@ -209,6 +228,8 @@ def _run_in_folder(recipe: Recipe, parts: _Parts, progress: Progress, folder: Pa
         done = train(_assemble(recipe, parts, logged))
     finally:
         remove_tree(_boundary_folder(folder, ranks))
+    # Nobody else is inside of it any more.
+    ranks.wait()
     values = (done.step, done.train_loss, done.val_loss, done.first_val_loss, done.tokens, str(folder))
     result = dict(zip(RESULT_KEYS, values, strict=True))
     if ranks.is_first:

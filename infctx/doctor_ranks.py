@@ -32,7 +32,7 @@ _SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_t
 _SMALL_REPEATS, _LARGE_REPEATS = 30, 3
 # Large enough to be limited by the link, small enough for seconds on a slow one.
 _LARGE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
-# Whole numbers of float32, which add up exactly in any order up to 2**24.
+# Whole numbers of float64, which add up exactly in any order.
 _NUM_VALUES, _NUM_CHECKED = 509, 1021
 
 
@@ -67,8 +67,11 @@ def check_ranks(environ: Mapping[str, str], *, seconds: float = 60.0) -> dict[st
         watch.fail(error)
         raise
     watch.close()
+    if place.rank > 0:
+        # Rank 0, which keeps the store, may be gone by now.
+        return None
     wrong = {rank: names for rank in range(place.ranks) if (names := store.get(f"wrong/{rank}").decode())}
-    return {**found, "is_right": not wrong, "wrong": wrong} if place.rank == 0 else None
+    return {**found, "is_right": not wrong, "wrong": wrong}
 
 
 def ranks_table(found: Mapping[str, Any]) -> str:
@@ -122,7 +125,10 @@ def _meet(place: RankPlace, seconds: float) -> dist.Store:
     try:
         store.wait(names, timedelta(seconds=seconds))
     except dist.DistError as error:
-        missing = [str(rank) for rank, name in enumerate(names) if not store.check([name])]
+        try:
+            missing = [str(rank) for rank, name in enumerate(names) if not store.check([name])]
+        except dist.DistError:
+            raise MachineError(f"Rank 0 at {where} has given up waiting for all ranks to come.") from error
         raise MachineError(
             f"Of {place.ranks} ranks, {', '.join(missing)} did not come to {where} within {seconds:g} s. Are they "
             "started, with the same MASTER_ADDR and MASTER_PORT, and is that port open between the machines?"
@@ -190,7 +196,7 @@ def _collective(name: str, whole: Tensor, part: Tensor) -> Tensor:
 
 def _is_right(name: str, place: RankPlace, device: torch.device) -> bool:
     """Every rank puts in the same numbers times its own, counted from 1."""
-    numbers = (torch.arange(place.ranks * _NUM_CHECKED, device=device) % _NUM_VALUES).float()
+    numbers = (torch.arange(place.ranks * _NUM_CHECKED, device=device) % _NUM_VALUES).double()
     shares = numbers.view(place.ranks, _NUM_CHECKED)
     mine = place.rank + 1
     of_all = place.ranks * (place.ranks + 1) / 2

@@ -119,7 +119,11 @@ def check_nodes(command: Sequence[str], num_nodes: int, environ: Mapping[str, st
 
 def is_launched(environ: Mapping[str, str]) -> bool:
     """Whether torchrun, srun, this launcher or a person has already started this process as one rank of several."""
-    is_slurm_task = "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    # The script of a batch job is its one task.
+    is_slurm_task = environ.get("SLURM_NTASKS", "1") != "1" and environ.get("SLURM_JOB_NAME") not in (
+        "bash",
+        "interactive",
+    )
     return "LOCAL_RANK" in environ or "TORCHELASTIC_RUN_ID" in environ or is_slurm_task
 
 

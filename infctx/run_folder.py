@@ -109,13 +109,28 @@ def _with_as_many_rows(recipe: Recipe, begun: Recipe) -> Recipe:
     return recipe.model_copy(update={"run": recipe.run.model_copy(update={"accumulate": rows_then // at_once})})
 
 
+def as_kept(folder: Path, recipe: Recipe) -> Recipe:
+    """The recipe as it is written into its folder: rows and ranks stay those that the run began with.
+
+    Of these the rows of its steps are counted, however often it goes on with others.
+    """
+    used = folder / RECIPE_FILE
+    if not used.is_file():
+        return recipe
+    begun = load_recipe(used).run
+    keys = ("rows", "accumulate", "devices", "num_nodes", "time_parallel")
+    run = recipe.run.model_copy(update={key: getattr(begun, key) for key in keys})
+    return recipe.model_copy(update={"run": run})
+
+
 def last_checkpoint(folder: Path) -> str:
     """A sentence that names the checkpoint a run would go on from."""
     try:
         latest = (folder / "checkpoints" / "latest").read_text().strip()
     except OSError:
         return "There is no checkpoint of this run yet."
-    return f"The last good checkpoint is {folder / 'checkpoints' / latest}; the same command continues from it."
+    good = folder / "checkpoints" / latest
+    return f"The last good checkpoint is {good}; started again in this folder, the run continues from it."
 
 
 def beside(recipe: Recipe) -> Recipe:

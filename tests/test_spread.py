@@ -12,7 +12,7 @@ import torch
 from infctx.errors import RecipeError
 from infctx.recipe.load import write_recipe
 from infctx.recipe.schema import Recipe
-from infctx.run_folder import as_begun
+from infctx.run_folder import as_begun, as_kept
 from infctx.spread import check_alone, check_spread, data_ranks, is_spread, num_processes
 
 
@@ -82,6 +82,11 @@ def test_a_run_keeps_the_rows_of_its_steps(tmp_path: Path, gpus: Any) -> None:
     assert go_on(devices=1, rows=2) == (2, 4)
     assert go_on(devices=8, rows=2, time_parallel=2, strategy="fsdp") == (2, 1)
     assert go_on(devices=2, rows=2, accumulate=2) == (2, 2)
+    # However often it goes on.
+    one = as_begun(tmp_path, make(tmp_path, devices=1, rows=2).resolved())
+    write_recipe(as_kept(tmp_path, one), tmp_path / "recipe.yaml")
+    assert go_on(devices=1, rows=2) == (2, 4)
+    assert go_on(devices=4, rows=2) == (2, 1)
     for run in ({"devices": 3, "rows": 2}, {"devices": 4, "rows": 2, "accumulate": 2}, {"devices": 8, "rows": 2}):
         with pytest.raises(RecipeError, match=r"A run keeps the rows of its steps"):
             go_on(**run)

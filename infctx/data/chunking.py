@@ -78,6 +78,7 @@ class Chunk:
         has_loss: whether any weight is not 0; known here so that nobody has to ask the device.
         sets: uint8 [B, T], the set of each token and of its target, 0 on padding; None where there is one set only.
         num_sets: there are.
+        most_tokens: of all rows, where several ranks have parts of the chunk: in the largest part; 0 = in this one.
     """
 
     tokens: Tensor
@@ -88,6 +89,7 @@ class Chunk:
     has_loss: bool
     sets: Tensor | None = None
     num_sets: int = 1
+    most_tokens: int = 0
 
     def to(self, device: torch.device) -> Chunk:
         """The chunk on a device."""
@@ -119,6 +121,7 @@ class Chunk:
             loss_weight=self.loss_weight[:, place],
             starts=None if self.starts is None else self.starts[:, place],
             sets=None if self.sets is None else self.sets[:, place],
+            most_tokens=self.tokens.shape[0] * -(-num_tokens // ranks),
         )
 
 
@@ -332,7 +335,9 @@ def validation_batches(
         # One group of documents at a time: all of them may be more than fits the memory.
         group = [documents[place] for place in by_length[begin : begin + rows * world]]
         slices = [join_pieces([(document, 0)], num_tokens=len(document)) for document in group]
-        mine = slices[rank * rows : (rank + 1) * rows] or [join_pieces([], num_tokens=0)]
+        mine = slices[rank * rows : (rank + 1) * rows]
+        # As many rows on every rank: what is done with them in pieces is done as often.
+        mine += [join_pieces([], num_tokens=0)] * (min(rows, len(slices)) - len(mine))
         yield chunk_rows(
             mine,
             chunk_tokens=chunk_tokens,

@@ -59,16 +59,16 @@ class ChunkObjective(nn.Module):
         with_loss: bool,
         sets: UInt8[Tensor, "B T"] | None = None,
         num_sets: int = 1,
+        most_tokens: int = 0,
     ) -> tuple[Scalar, *tuple[Tensor, ...]]:
         """Weighted loss sum of the chunk (0 without a loss) and the state after it, three tensors.
 
         With `sets`, the set of each target, a fifth follows: the part of each set in the sum, float64 [num_sets],
-        through which no gradient flows.
+        through which no gradient flows. most_tokens: see `weighted_loss_sum`.
         """
         with _compute_dtype(self.model, wkv.device):
-            return self._forward(
-                tokens, targets, loss_weight, starts, ModelState(wkv, att_shift, ffn_shift), with_loss, sets, num_sets
-            )
+            state = ModelState(wkv, att_shift, ffn_shift)
+            return self._forward(tokens, targets, loss_weight, starts, state, with_loss, sets, num_sets, most_tokens)
 
     def _forward(
         self,
@@ -80,6 +80,7 @@ class ChunkObjective(nn.Module):
         with_loss: bool,
         sets: Tensor | None,
         num_sets: int,
+        most_tokens: int,
     ) -> tuple[Tensor, ...]:
         wkv = state.wkv
         of_sets = [] if sets is None else [wkv.new_zeros(num_sets, dtype=torch.float64)]
@@ -100,6 +101,7 @@ class ChunkObjective(nn.Module):
             terms=self._terms if self.model.training else CROSS_ENTROPY,
             backend=self.model.surrounding_backend,
             with_token_losses=sets is not None,
+            most_tokens=most_tokens,
         )
         if sets is None:
             return loss, *state
@@ -370,9 +372,11 @@ def run_chunk(
     tells_sets = with_loss and chunk.sets is not None
     with_loss = with_loss and (chunk.has_loss or reaches_all)
     if not tells_sets:
-        loss, *after = objective(*inputs, with_loss=with_loss)
+        loss, *after = objective(*inputs, with_loss=with_loss, most_tokens=chunk.most_tokens)
         return ChunkOutputs(loss, ModelState(*after), None)
-    loss, *after, set_losses = objective(*inputs, with_loss=with_loss, sets=chunk.sets, num_sets=chunk.num_sets)
+    loss, *after, set_losses = objective(
+        *inputs, with_loss=with_loss, sets=chunk.sets, num_sets=chunk.num_sets, most_tokens=chunk.most_tokens
+    )
     return ChunkOutputs(loss, ModelState(*after), set_losses)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infctx.errors import RecipeError
+from infctx.errors import MachineError, RecipeError
 from infctx.model.state import ModelState
 from infctx.training.bptt import ChunkObjective
 from infctx.training.deepspeed_config import deepspeed_config
@@ -92,8 +93,16 @@ class FabricEngine(WholeWeights):
         self._fabric.backward(scalar)
 
     def _wrap(self, objective: ChunkObjective) -> nn.Module:
-        apply_precision_(objective.model, self.precision)
+        self._settle_(objective.model, lambda part: part.to(self.device))
         return self._fabric.setup_module(objective)
+
+    def _settle_(self, model: nn.Module, put_in_place: Callable[[nn.Module], object]) -> None:
+        """Give weights their dtype and their place, block by block: host memory never has all of them in float32."""
+        for block in model.blocks:
+            cast_parameters_(block, self.precision)
+            put_in_place(block)
+        apply_precision_(model, self.precision)
+        put_in_place(model)
 
 
 class DdpEngine(FabricEngine):
@@ -176,10 +185,21 @@ class FsdpEngine(FabricEngine):
             parameter.grad = torch.zeros_like(parameter)
             parameter.grad.to_local().copy_(gradient)
 
-    def _wrap(self, objective: ChunkObjective) -> nn.Module:
-        # A block gives out views of its activations, which nothing here writes to.
+    def setup(self, objective: ChunkObjective, make_optimizer: MakeOptimizer) -> nn.Module:
+        """Give weights their dtype, divide them, then make the optimizer; call only what is returned."""
+        wrapped = super().setup(objective, make_optimizer)
+        # For as long as the process lives: a block gives out views of its activations, which nothing here writes to.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        return self._fabric.setup_module(objective)
+        return wrapped
+
+    def _wrap(self, objective: ChunkObjective) -> nn.Module:
+        wrapped = self._fabric.setup_module(objective)
+        # After a pass without a graph the root stays whole: the model then names tensors that only stand for these.
+        self._divided = [(name, p) for name, p in objective.model.named_parameters() if p.requires_grad]
+        return wrapped
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return iter(self._divided)
 
     def shard(self, objective: ChunkObjective, mesh: Any) -> nn.Module:
         """Divide one block after the other, so that never more than one is in memory in the dtype of training."""
@@ -223,11 +243,12 @@ class DeepSpeedEngine(FabricEngine):
     def setup(self, objective: ChunkObjective, make_optimizer: MakeOptimizer) -> nn.Module:
         """Give weights their dtype, make the optimizer and divide both; call only what is returned."""
         self._model = objective.model
-        apply_precision_(objective.model, self.precision)
+        # While parameters still have their shapes.
         optimizer = make_optimizer()
         # In the order in which an optimizer's state is numbered.
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         with _quiet():
+            self._settle_(objective.model, lambda part: self._stages.put_in_place_(part, self.device))
             wrapped, self.optimizer = self._stages.setup(self._fabric, objective, optimizer)
         quieten()
         return wrapped
@@ -367,7 +388,7 @@ def open_engine(
             strategy=spread,
             plugins=[StatePreservingPrecision(), environment],
         )
-        fabric.launch()
+        _meet(fabric, environment)
     ranks = connect(
         time_parallel=time_parallel,
         local_rank=fabric.local_rank,
@@ -380,6 +401,19 @@ def open_engine(
         return DeepSpeedEngine(fabric, stages, ranks=ranks, **settings)
     engines.append((DdpEngine if chosen == "ddp" else FsdpEngine)(fabric, ranks=ranks, **settings))
     return engines[0]
+
+
+def _meet(fabric: Fabric, environment: Any) -> None:
+    """Wait until all processes of the run are there."""
+    try:
+        fabric.launch()
+    except torch.distributed.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise MachineError(
+            f"{socket.gethostname()} cannot meet the other ranks at {environment.main_address}, port "
+            f"{environment.main_port}: {reason}. Are all of them started, with the same MASTER_ADDR and MASTER_PORT, "
+            "and is that port open between the machines? infctx doctor --distributed tells more."
+        ) from error
 
 
 def _fsdp_strategy(engine: Callable[[], Any], *, num_ranks: int, timeout: timedelta, offload: str) -> Strategy:
@@ -451,12 +485,14 @@ def _tell_of_builds() -> None:
 
 def _environment(num_devices: int, num_nodes: int) -> Any:
     """Who has started the processes; refuses another number of them than the recipe wants."""
-    for kind in (SLURMEnvironment, TorchElasticEnvironment):
-        if kind.detect():
-            environment = kind()
-            break
+    # In a job of Slurm torchrun may have started the ranks, or our launcher, which set LOCAL_RANK; srun does not.
+    if TorchElasticEnvironment.detect():
+        environment = TorchElasticEnvironment()
+    elif SLURMEnvironment.detect() and "LOCAL_RANK" not in os.environ:
+        environment = _of_slurm()
     else:
         environment = LightningEnvironment()
+        _check_rank_by_hand(environment, num_devices)
     if not environment.creates_processes_externally:
         raise RecipeError(
             f"run.devices: {num_devices * num_nodes} processes have to be started, and this one was started alone. Use "
@@ -469,6 +505,25 @@ def _environment(num_devices: int, num_nodes: int) -> Any:
             f"{started} were started. Start as many, or change the two keys."
         )
     return environment
+
+
+def _of_slurm() -> Any:
+    try:
+        return SLURMEnvironment()
+    except RuntimeError as error:
+        # As srun -n 16, which leaves open how many are on a machine.
+        raise RecipeError(f"The processes of this run were not started as they have to be: {error}") from error
+
+
+def _check_rank_by_hand(environment: Any, num_devices: int) -> None:
+    """Fabric counts ranks from the machine's number and the process's in it; RANK may say something else."""
+    counted = environment.node_rank() * num_devices + environment.local_rank()
+    told = os.environ.get("RANK", str(counted))
+    if told != str(counted):
+        raise RecipeError(
+            f"RANK is {told}, but NODE_RANK {environment.node_rank()} and LOCAL_RANK {environment.local_rank()} of "
+            f"run.devices: {num_devices} make it rank {counted}. Set NODE_RANK, counted from 0, on every machine."
+        )
 
 
 def _choose_precision(wanted: str, *, on_cuda: bool) -> Precision:

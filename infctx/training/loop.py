@@ -76,7 +76,10 @@ class _Saver:
         self._saved_at = time.monotonic()
 
     def save(self, done: Done, place: Place) -> None:
+        ranks = self._run.engine.ranks
+        ranks.at(f"the checkpoint of step {done.step}")
         save_run(self._run, done, place)
+        ranks.at(f"the end of the checkpoint of step {done.step}")
         self._saved_at = time.monotonic()
 
     @property
@@ -153,6 +156,7 @@ def _one_step(
     """Run a step and note what it did; returns the rows' states for the next one."""
     rate = run.learning_rate.apply_(run.engine.optimizer, done.step)
     num_carried = sum(state.wkv.shape[1] for state in place.row_states) if data.carries_state else 0
+    num_carried *= run.engine.ranks.data_size
     run.model.train()
     gradient, data = _gradient_that_fits(run, done, data, place, signals, saver)
     began = time.perf_counter()
@@ -244,7 +248,7 @@ def _gradient_that_fits(
             pieces = data.in_pieces(done.piece_tokens)
             gradient = step_gradient(
                 # A step without a target has no places to go on from; it can be stopped all the same.
-                run.objective if data.weight_total > 0 else _stoppable(run, signals),
+                run.objective if data.weight_total > 0 else _stoppable(run, signals, f"step {done.step + 1}"),
                 pieces,
                 states,
                 window=run.settings.window,
@@ -287,7 +291,7 @@ def _finite(value: float | None) -> float | None:
 def _validate(run: Run, done: Done, signals: StopSignals, *, num_sets: int) -> ValidationLoss:
     run.model.eval()
     loss = validation_loss(
-        _stoppable(run, signals),
+        _stoppable(run, signals, f"the validation after step {done.step}"),
         run.validation,
         rows=run.settings.rows,
         chunk_tokens=done.piece_tokens or run.settings.chunk_tokens,
@@ -299,10 +303,11 @@ def _validate(run: Run, done: Done, signals: StopSignals, *, num_sets: int) -> V
     return loss
 
 
-def _stoppable(run: Run, signals: StopSignals) -> Callable[..., tuple[Tensor, ...]]:
-    """The objective, which looks for a signal before every chunk of every sweep."""
+def _stoppable(run: Run, signals: StopSignals, place: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The objective, which looks for a signal before every chunk of every sweep. place: where that is, for people."""
 
     def objective(*arguments: object, **settings: object) -> tuple[Tensor, ...]:
+        run.engine.ranks.at(place)
         signals.raise_if(*run.engine.ranks.most(signals.number))
         return run.objective(*arguments, **settings)
 

@@ -51,6 +51,7 @@ def weighted_loss_sum(
     terms: LossTerms = CROSS_ENTROPY,
     backend: str | None = None,
     with_token_losses: bool = False,
+    most_tokens: int = 0,
 ) -> Scalar | tuple[Scalar, Float[Tensor, " B*T"]]:
     """Sum over tokens of loss_weight · (cross entropy + l2_wrap / 2 · largest logit² + z_loss · log-sum-exp²), float32
     (or float64).
@@ -60,6 +61,7 @@ def weighted_loss_sum(
         head: [.., C] -> [.., V]. A plain matrix is fused with the loss; anything else (an adapter, parameters that an
             engine gathers when the module is called), and any head with terms that need the logits, is called as a
             module, in pieces, each recomputed in the backward pass.
+        most_tokens: on any of the ranks that gather the head together and so have to call it equally often; 0 = here.
         targets: the id each token should predict; any id where the weight is 0.
         loss_weight: weight of the target.
         terms: beside the cross entropy.
@@ -82,10 +84,11 @@ def weighted_loss_sum(
             with_token_losses=with_token_losses,
         )
     piece = max(1, LOGITS_AT_ONCE // vocab_size)
-    if flat_hidden.shape[0] <= piece:
+    num_pieces = -(-max(most_tokens, flat_hidden.shape[0]) // piece)
+    if num_pieces == 1:
         loss, token_losses = _piece_loss(head, flat_hidden, flat_targets, flat_weight, terms)
         return (loss, token_losses) if with_token_losses else loss
-    parts = zip(flat_hidden.split(piece), flat_targets.split(piece), flat_weight.split(piece), strict=True)
+    parts = zip(*(whole.tensor_split(num_pieces) for whole in (flat_hidden, flat_targets, flat_weight)), strict=True)
     pieces = [checkpoint(_piece_loss, head, *part, terms, use_reentrant=False) for part in parts]
     loss = torch.stack([of_piece for of_piece, _ in pieces]).sum()
     return (loss, torch.cat([of_tokens for _, of_tokens in pieces])) if with_token_losses else loss

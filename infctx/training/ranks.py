@@ -18,6 +18,7 @@ from torch import Tensor
 from infctx.training.rank_watch import RankWatch, host_store, join_store
 
 T = TypeVar("T")
+_FOR_EVER = timedelta(days=365)
 
 
 class Ranks:
@@ -136,9 +137,10 @@ def connect(
         address: of the first rank's machine, as the others reach it.
         hang_seconds, last_words: see `RankWatch`.
     """
-    # The watch is the first to say what is wrong; a collective that fails by itself knows less.
+    # The watch is the first to say what is wrong; a collective that fails by itself knows less. What the hosts tell
+    # each other may have to wait for a phase of one of them whose length nobody knows.
     timeout = timedelta(seconds=2 * hang_seconds)
-    hosts = dist.new_group(backend="gloo", timeout=timeout)
+    hosts = dist.new_group(backend="gloo", timeout=_FOR_EVER)
     assert hosts.size() % time_parallel == 0, f"{time_parallel} does not divide {hosts.size()}"
     of_this_rank = None
     if time_parallel > 1:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infctx.checkpoint.run_state import RunState, load_run_state, save_run_state
-from infctx.checkpoint.writers import owners
+from infctx.checkpoint.writers import owners, together
 from infctx.errors import CheckpointError
 from infctx.model.state import ModelState
 from infctx.training.engine import Engine, Part
@@ -55,6 +55,8 @@ def save_run(run: Run, done: Done, place: Place) -> None:
     save_run_state(run.folder, state, keep=run.settings.keep_checkpoints, writers=ranks)
     if ranks.is_first:
         run.save_adapter(of_adapter if ranks.size > 1 else None)
+    # Who is stopped after this would end, and be taken for the first of all to be gone.
+    ranks.wait()
 
 
 def _collect(
@@ -97,18 +99,23 @@ def resume_run(run: Run) -> tuple[Done, Place]:
     for reason in loaded.skipped:
         run.progress.message(f"skipped a damaged checkpoint: {reason}")
     state = loaded.state
-    if state.facts.get("base_fingerprint") != run.facts["base_fingerprint"]:
-        raise CheckpointError(
-            f"{run.folder}: the model file is not the one this run began with: its weights differ. Put the original "
-            "back, or start beside this run with --fresh."
-        )
-    check_start(state.facts, run.facts.get("adapter_start"), folder=run.folder)
+    with together(ranks) as share:
+        if state.facts.get("base_fingerprint") != run.facts["base_fingerprint"]:
+            raise CheckpointError(
+                f"{run.folder}: the model file is not the one this run began with: its weights differ. Put the "
+                "original back, or start beside this run with --fresh."
+            )
+        check_start(state.facts, run.facts.get("adapter_start"), folder=run.folder)
+        run.source.restore(state.facts["cursor"])
+        share(None)
     done = Done(**state.facts["done"])
     engine.load(state.tensors["trainable"], state.tensors["optimizer"], state.facts["optimizer_numbers"])
     if run.averaged is not None:
         run.averaged.restore_(state.tensors[AVERAGED], num_updates=state.facts["averaged_updates"], put=engine.put)
-    run.source.restore(state.facts["cursor"])
     is_same = state.facts["engine"] == _identity(run)
+    if not is_same:
+        # Others may have the memory that was missing, and another part of each chunk.
+        done.piece_tokens = None
     _restore_random_numbers(run, state.tensors["random"], is_same=is_same)
     place = Place(cursor=run.source.cursor(), random_state=random_state(run.device), row_states=_own_rows(run, state))
     if ranks.is_first:

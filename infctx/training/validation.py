@@ -71,10 +71,12 @@ def validation_loss(
     sums = ranks.sum(torch.tensor([loss_sum, weight_total], dtype=torch.float64))
     loss_sum, weight_total = sums.tolist()
     if weight_total == 0:
-        raise DataError(
+        error = DataError(
             f"the {len(documents)} held-out documents have nothing to predict: every weight is 0. "
             "Hold out others with data.validation, or none."
         )
+        error.is_shared, error.is_told = True, ranks.rank > 0
+        raise error
     if set_losses is None:
         return ValidationLoss(loss_sum / weight_total, {})
     set_losses, set_totals = ranks.sum(set_losses.cpu()), ranks.sum(torch.from_numpy(set_totals)).numpy()

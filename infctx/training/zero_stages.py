@@ -43,6 +43,20 @@ class DeepSpeedStages:
         self._config = dict(config)
         self._stage: int = config["zero_optimization"]["stage"]
 
+    def put_in_place_(self, module: nn.Module, device: torch.device) -> None:
+        """Divide the parameters of a part of the model, of which the others will have theirs then; or move them."""
+        if self._stage < 3:
+            module.to(device)
+            return
+        import deepspeed
+
+        # One parameter at a time from host memory, so that no device ever holds the whole model. Then nobody else
+        # moves what is no parameter.
+        deepspeed.zero.Init(module=module, config_dict_or_path=self._config)
+        for part in module.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                part._buffers[name] = buffer.to(device)
+
     def setup(
         self, fabric: Fabric, objective: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -50,22 +64,13 @@ class DeepSpeedStages:
 
         Args:
             fabric: launched with a DeepSpeedStrategy of the same config, and a precision plugin that says 32-true.
-            objective: on the CPU, in the dtypes of the run; trained weights float32.
+            objective: after `put_in_place_`, in the dtypes of the run; trained weights float32.
             optimizer: over the trained parameters, without a state.
         Returns:
             What is called for each chunk, and the optimizer, whose groups carry the learning rates. Their "params" are
             DeepSpeed's flat pieces.
         """
         _check_optimizer(optimizer)
-        if self._stage == 3:
-            import deepspeed
-
-            # One parameter at a time from host memory, so that no device ever holds the whole model. Then nobody else
-            # moves what is no parameter.
-            deepspeed.zero.Init(module=objective, config_dict_or_path=self._config)
-            for module in objective.modules():
-                for name, buffer in module.named_buffers(recurse=False):
-                    module._buffers[name] = buffer.to(fabric.device)
         fabric.setup(objective, optimizer, move_to_device=False)
         # Not Fabric's wrapper, which refuses every backward pass but its own.
         self._engine = fabric.strategy.model

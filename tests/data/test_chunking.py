@@ -120,6 +120,14 @@ def test_validation_reads_every_document_whole_and_shortest_first() -> None:
         assert all(row == [1] + [0] * (len(row) - 1) for row in joined(batch, "starts"))
 
 
+def test_validation_gives_every_rank_as_many_rows() -> None:
+    documents = [document_of(range(1, length)) for length in (3, 5, 6, 9, 9, 11, 14)]
+    of_ranks = [list(validation_batches(documents, rows=2, chunk_tokens=4, rank=rank, world=3)) for rank in range(3)]
+    for batches in zip(*of_ranks, strict=True):
+        assert len({tuple(chunk.tokens.shape for chunk in batch.chunks) for batch in batches}) == 1
+    assert sum(batch.num_tokens for batches in of_ranks for batch in batches) == sum(map(len, documents))
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 3, 5, 8, 100])
 @pytest.mark.parametrize("piece_tokens", [1, 2, 3, 4, 100])
 def test_pieces_hold_the_same_and_never_cross_a_chunk(chunk_tokens: int, piece_tokens: int) -> None:

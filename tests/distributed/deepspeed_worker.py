@@ -66,7 +66,9 @@ class Run:
         fabric.launch()
         quieten()
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.call, self.optimizer = self.stages.setup(fabric, objective or ChunkObjective(model), make_adamw(model))
+        optimizer = make_adamw(model)
+        self.stages.put_in_place_(model, fabric.device)
+        self.call, self.optimizer = self.stages.setup(fabric, objective or ChunkObjective(model), optimizer)
         self.config = model.config
 
     def gradients(self) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from infctx.training.step import step_gradient, take_step
 from tests.conftest import random_finch
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.float32}
+CHUNK_TOKENS = 13
 LENGTHS = [37, 5, 61, 1, 16, 90, 23, 2, 48, 33, 7, 70]
 VOCAB_SIZE = 50
 
@@ -101,8 +102,8 @@ def make_documents(case: Case) -> list[Document]:
         weights = rng.uniform(0.5, 1.5, length).astype(np.float32)
         weights[0] = 0.0
         if case.masked:
-            # Prompts of several chunks without a weight, and one document with nothing to learn.
-            weights[: length if number == 2 else int(0.7 * length)] = 0.0
+            # Prompts of several chunks, so that no row has a weight in the first; one document with nothing to learn.
+            weights[: length if number == 2 else max(2 * CHUNK_TOKENS, int(0.7 * length))] = 0.0
         tokens = rng.integers(1, VOCAB_SIZE, length).astype(np.uint16)
         documents.append(Document(tokens=tokens, weights=weights, origin=f"document {number}"))
     return documents
@@ -112,7 +113,7 @@ def make_source(case: Case, ranks: Ranks) -> DocumentSource | StreamSource:
     settings = {
         "rows": case.rows // case.accumulate // ranks.data_size,
         "accumulate": case.accumulate,
-        "chunk_tokens": 13,
+        "chunk_tokens": CHUNK_TOKENS,
         "seed": 3,
         "steps": case.steps,
         "rank": ranks.data_rank,

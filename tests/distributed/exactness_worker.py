@@ -16,6 +16,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 
 from exactness_cases import (
+    VOCAB_SIZE,
     Case,
     make_model,
     make_objective,
@@ -27,7 +28,7 @@ from exactness_cases import (
 )
 
 from infctx.data.chunking import Chunk
-from infctx.training import bptt, fabric_run
+from infctx.training import bptt, fabric_run, loss
 from infctx.training.bptt import ChunkObjective
 from infctx.training.fabric_run import FabricEngine, open_engine
 
@@ -55,12 +56,15 @@ def save(path: Path, tensors: dict[str, Tensor], losses: dict[str, list[float | 
 def run_case(case: Case) -> tuple[dict[str, Tensor], dict[str, list[float | None]]]:
     """Steps of one case on this rank; the whole gradient of the first, and the weights behind the last."""
     model = make_model(case)
+    is_divided = case.strategy == "deepspeed_3"
     engine = open_engine(
         precision="bf16" if case.dtype == "bf16" else "fp32",
         devices=torch.distributed.get_world_size() if torch.distributed.is_initialized() else case.ranks,
         strategy=case.strategy,
         time_parallel=case.time_parallel,
         offload=case.offload,
+        # Small parameters, too, are gathered when they are used, by all ranks at once.
+        deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}} if is_divided else None,
         hang_seconds=120.0,
     )
     with _without_casts() if case.dtype == "fp64" else contextlib.nullcontext():
@@ -80,7 +84,9 @@ def run_case(case: Case) -> tuple[dict[str, Tensor], dict[str, list[float | None
 
     source = make_source(case, engine.ranks)
     buckets = {name: parameter.grad.data_ptr() for name, parameter in names.items() if case.strategy == "ddp"}
-    with _states_are_unrounded():
+    # Of slices of 6 and 7 tokens, in pieces of 6.
+    in_pieces = mock.patch.object(loss, "LOGITS_AT_ONCE", 6 * VOCAB_SIZE) if is_divided else contextlib.nullcontext()
+    with _states_are_unrounded(), in_pieces:
         report = take_steps(case, model, objective, engine, source, before_update=keep_gradient)
     found.update({f"weight.{name}": engine.whole(part) for name, part in engine.trained().items()})
     # Gradients are kept once, in the buckets they are sent from.

@@ -15,6 +15,8 @@ from tests.distributed.test_elastic import SPREAD, WORKER, lines, recipe, spread
 
 __all__ = ["recipe"]
 DEAD_SECONDS, STARTING_SECONDS = 20.0, 120.0
+SEVERAL_WINDOWS = ["bptt.window=2", "data.mode=document"]
+CHUNK_OF_A_SECOND_WINDOW = 11
 
 
 def end_run(recipe: Path, folder: Path, *overrides: str, at: dict[str, object]) -> list[Ended]:
@@ -68,9 +70,9 @@ def test_what_one_rank_finds_all_ranks_do(recipe: Path, tmp_path: Path) -> None:
     """A gradient that is not finite on one rank, a signal to one inside a step, a recipe that differs on one."""
     for strategy in ("ddp", "fsdp", "deepspeed_2"):
         folder = tmp_path / f"poisoned-{strategy}"
-        settings = ["bptt.window=2", *SPREAD[2], f"run.strategy={strategy}", f"run.folder={folder}", "run.steps=4"]
+        settings = [*SEVERAL_WINDOWS, *SPREAD[2], f"run.strategy={strategy}", f"run.folder={folder}", "run.steps=4"]
         poison = {"rank": 1, "step": 2, "do": "poison"}
-        stop = {"rank": 1, "chunk": 11, "do": "SIGTERM"}
+        stop = {"rank": 1, "chunk": CHUNK_OF_A_SECOND_WINDOW, "do": "SIGTERM"}
         inside = [*settings[:-2], f"run.folder={tmp_path}/inside-{strategy}"]
         runs = [
             {"recipe": str(recipe), "overrides": settings, "at": poison},
@@ -86,7 +88,7 @@ def test_what_one_rank_finds_all_ranks_do(recipe: Path, tmp_path: Path) -> None:
         assert [told.get("stopped") for told in stopped] == ["SIGTERM"] * 2, stopped
         assert [told.get("steps") for told in continued] == [6, 6], continued
     straight = tmp_path / "straight"
-    run_one(str(recipe), ["bptt.window=2", *SPREAD[1], f"run.folder={straight}"])
+    run_one(str(recipe), [*SEVERAL_WINDOWS, *SPREAD[1], f"run.folder={straight}"])
     for strategy in ("ddp", "fsdp", "deepspeed_2"):
         folder = tmp_path / f"inside-{strategy}"
         for line, other in zip(lines(folder)[1:], lines(straight)[1:], strict=True):

@@ -319,6 +319,7 @@ def test_several_machines_that_are_told() -> None:
         ({"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "bash"}, False),
         ({"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "interactive"}, False),
         ({"SLURM_JOB_ID": "7"}, False),
+        ({"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "batch"}, False),
     ],
 )
 def test_who_has_been_started_as_a_rank(environ: dict[str, str], expected: bool) -> None:
