@@ -102,8 +102,10 @@ def make_documents(case: Case) -> list[Document]:
         weights = rng.uniform(0.5, 1.5, length).astype(np.float32)
         weights[0] = 0.0
         if case.masked:
-            # Prompts of several chunks, so that no row has a weight in the first; one document with nothing to learn.
-            weights[: length if number == 2 else max(2 * CHUNK_TOKENS, int(0.7 * length))] = 0.0
+            # Prompts of several chunks, so that whole documents begin without a weight in any row; one document with
+            # nothing to learn.
+            least = 2 * CHUNK_TOKENS if case.mode == "document" else 0
+            weights[: length if number == 2 else max(least, int(0.7 * length))] = 0.0
         tokens = rng.integers(1, VOCAB_SIZE, length).astype(np.uint16)
         documents.append(Document(tokens=tokens, weights=weights, origin=f"document {number}"))
     return documents
