@@ -44,10 +44,10 @@ def _labelled(label: str, sentence: str, style: Style) -> list[str]:
 
 def _about_the_machine(facts: Facts) -> list[tuple[str, str]]:
     machine, backends = facts["machine"], facts["backends"]
-    threads = "" if machine["threads"] is None else f", {machine['threads']} threads"
+    threads = "" if machine["threads"] is None else f", {_counted(machine['threads'], 'thread')}"
     instructions = "".join(f", {name}" for name in machine["instructions"])
     told = [
-        ("CPU", f"{machine['cpu'][:44]}, {machine['cores']} cores{threads}{instructions}"),
+        ("CPU", f"{machine['cpu'][:44]}, {_counted(machine['cores'], 'core')}{threads}{instructions}"),
         (
             "memory",
             f"{_size(machine['free_memory_bytes'])} of {_size(machine['memory_bytes'])} free; disk "
@@ -91,6 +91,10 @@ def _about_wrong_gradients(combinations: list[str], style: Style) -> list[str]:
     version = combinations[0].partition(",")[0]
     told = [f"  {one.partition(', ')[2]}"[:WIDTH] for one in combinations]
     return [style(f"{version} gives wrong gradients without a word (not in infctx) with", "label"), *told]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _size(num_bytes: int | None) -> str:

@@ -57,10 +57,11 @@ def read_file_row(
     if record is None:
         raise _has_changed(file, line, "it is no longer there")
     if record.tokens is not None:
-        return FileRow(format=kind, record=record, part="tokens of the file", weight=1.0, bytes=None)
+        return FileRow(format=kind, record=record, part="tokens of the file", weight=float(token[0] > 0), bytes=None)
     rendered = spec.template.render(record.fields)
     part, weight, span = _part_of(spec.template, record, rendered, token, tokenizer)
-    return FileRow(format=kind, record=record, part=part, weight=weight, bytes=span)
+    # Of rows that are joined, each has a first token that nothing of its own predicts.
+    return FileRow(format=kind, record=record, part=part, weight=weight if token[0] else 0.0, bytes=span)
 
 
 def _part_of(

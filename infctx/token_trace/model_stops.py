@@ -70,6 +70,7 @@ def reach_stop(run: RunToTrace, place: TokenPlace, values: TokenValues) -> Stop:
     ]
     is_cut = document_chunk < first or (document_chunk == first and place.document_begin < first * chunk_tokens)
     told = {
+        "weight": place.target_weight,
         "window": [first, values.window_last],
         "reaches_chunks": list(range(max(first, document_chunk), place.chunk + 1)) if values.borders else [],
         "borders": borders,

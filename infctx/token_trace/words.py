@@ -141,7 +141,11 @@ def _reach(values: Values) -> list[str]:
     if not reached:
         return [window, "no loss, so no gradient"]
     chunks = f"chunk {reached[0]} alone" if len(reached) == 1 else f"chunks {reached[0]} to {reached[-1]}"
-    lines = [f"{window}; the gradient of this loss reaches {chunks} and stops where {values['stops_because']}"]
+    if values["weight"] == 0:
+        window += "; weight 0, so nothing of this enters the step, and with weight 1:"
+        lines = [window, f"the gradient of this loss reaches {chunks} and stops where {values['stops_because']}"]
+    else:
+        lines = [f"{window}; the gradient of this loss reaches {chunks} and stops where {values['stops_because']}"]
     borders = values["borders"]
     if borders:
         shown = borders if len(borders) <= MOST_BORDERS else [*borders[: MOST_BORDERS - 1], borders[-1]]
