@@ -170,7 +170,7 @@ def test_without_torch(monkeypatch: pytest.MonkeyPatch, installed: Callable[...,
     installed(torch=None)
     monkeypatch.setattr(facts_module, "_torch_problem", lambda: "import torch fails: No module named 'torch'")
     told = machine_facts()
-    assert [problem["of"] for problem in told["problems"] if problem["is_core"]][0] == "torch"
+    assert next(problem["of"] for problem in told["problems"] if problem["is_core"]) == "torch"
     assert told["backends"]["wkv6"] == {}
     assert doctor_screen(told)[-1] == "Something that infctx needs is missing or broken."
 
