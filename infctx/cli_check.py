@@ -49,7 +49,7 @@ def check(
 
     loaded = load_recipe(recipe, overrides or [])
     if place is not None:
-        _trace(loaded, *place, name=str(recipe), as_json=as_json)
+        _trace(loaded, *place, name=recipe.name, as_json=as_json)
         return
     from infctx.assemble import check_recipe
 
@@ -99,7 +99,7 @@ def _trace(recipe: Recipe, row: int, token: int, *, name: str, as_json: bool) ->
     console = Console(file=sys.stdout, highlight=False)
     print(f"Token {row}:{token} of the first step of {name}. Nothing was trained or written.")
     for title, place, lines in stops_in_words(stops):
-        heading = Text.assemble((f"{title:<26}", "bold"), (place, "dim"))
+        heading = Text.assemble((f"{title:<27}", "bold"), (place, "dim"))
         console.print(heading, soft_wrap=True)
         for line in lines:
             console.print(Text(line), soft_wrap=True)

@@ -88,7 +88,7 @@ def record_stop(file_row: FileRow) -> Stop:
 def document_stop(place: TokenPlace, file_row: FileRow, tokenizer: Tokenizer) -> Stop:
     """5: the token in its document, and whether and why it is trained on."""
     weight = float(place.document.weights[place.document_token])
-    if place.document_token == 0 or place.row_token == 0:
+    if place.document_token == 0:
         why = "a document's first token is nobody's target"
     else:
         why = f"in {file_row.part}, which is {'trained' if file_row.weight > 0 else 'masked'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -57,11 +58,10 @@ def read_file_row(
     if record is None:
         raise _has_changed(file, line, "it is no longer there")
     if record.tokens is not None:
-        return FileRow(format=kind, record=record, part="tokens of the file", weight=float(token[0] > 0), bytes=None)
+        return FileRow(format=kind, record=record, part="tokens of the file", weight=1.0, bytes=None)
     rendered = spec.template.render(record.fields)
     part, weight, span = _part_of(spec.template, record, rendered, token, tokenizer)
-    # Of rows that are joined, each has a first token that nothing of its own predicts.
-    return FileRow(format=kind, record=record, part=part, weight=weight if token[0] else 0.0, bytes=span)
+    return FileRow(format=kind, record=record, part=part, weight=weight, bytes=span)
 
 
 def _part_of(
@@ -89,13 +89,12 @@ def _has_changed(file: str, line: int, how: str) -> DataError:
 
 
 def shown_fields(record: Record, *, most: int = 160) -> dict[str, Any]:
-    """The columns of a record, long texts cut, lists and objects by their size."""
+    """The columns of a record, long texts cut; lists and objects as the JSON of them."""
     shown: dict[str, Any] = {}
     for name, value in record.fields.items():
-        if isinstance(value, str):
-            shown[name] = value if len(value) <= most else f"{value[:most]}… ({len(value):,} characters)"
-        elif isinstance(value, list | tuple | dict):
-            shown[name] = f"{type(value).__name__} of {len(value):,}"
-        else:
-            shown[name] = value if isinstance(value, bool | int | float | None) else str(value)[:most]
+        if value is None or isinstance(value, bool | int | float):
+            shown[name] = value
+            continue
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        shown[name] = text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
     return shown

@@ -50,7 +50,7 @@ def _key(values: Values) -> list[str]:
 
 
 def _section(values: Values) -> list[str]:
-    return ["  ".join(f"{key}: {value}" for key, value in values.items() if value is not None)]
+    return [", ".join(f"{key}: {value}" for key, value in values.items() if value is not None)]
 
 
 def _record(values: Values) -> list[str]:
@@ -64,7 +64,14 @@ def _record(values: Values) -> list[str]:
 def _document(values: Values) -> list[str]:
     sign = "trained" if values["is_trained"] else "not trained"
     text = _in_one_line(values["text"]) or "end of text"
-    at = "" if values["bytes"] is None else f", bytes {values['bytes'][0]:,} to {values['bytes'][1] - 1:,} of its text"
+    at = ""
+    if values["bytes"] is not None:
+        first, behind = values["bytes"]
+        at = (
+            f", byte {first:,} of its text"
+            if behind == first + 1
+            else f", bytes {first:,} to {behind - 1:,} of its text"
+        )
     return [
         f"token {values['document_token']:,} of {values['document_tokens']:,}: id {values['id']} “{text}”{at}",
         f"{sign} (weight {values['weight']:g}): {values['why']}",
@@ -113,7 +120,7 @@ def _loss(values: Values) -> list[str]:
     if values["loss"] is None:
         return ["nothing is predicted here, so there is no loss"]
     lines = [
-        f"loss {values['loss']:.4f} nats: the target has probability {values['probability']:.4g} and is number "
+        f"loss {values['loss']:.4f} nats: the target has probability {values['probability']:.4g} and rank "
         f"{values['rank']:,} of {values['vocabulary']:,}"
     ]
     total = values.get("weight_total")
