@@ -40,7 +40,8 @@ from infctx.run_folder import (
     from_anywhere,
     last_checkpoint,
 )
-from infctx.spread import check_alone, check_spread, is_spread
+from infctx.spread import check_alone, check_spread, data_ranks, is_spread
+from infctx.token_trace import RunToTrace, Stop, trace_token, without_files
 from infctx.training.activation_memory import should_recompute
 from infctx.training.averaged_weights import AveragedWeights
 from infctx.training.boundary_store import BoundaryPlan, choose_store, free_bytes, free_host_bytes, state_bytes
@@ -284,6 +285,41 @@ def check_recipe(
     return lines, measured
 
 
+def trace_recipe(recipe: Recipe, row: int, token: int, *, say: Say = lambda line: None) -> list[Stop]:
+    """Follow one token of the first step of a run of the recipe, without training or writing anything.
+
+    Args:
+        row: of all rows of the step, those of other ranks too, from 0. token: in the row, from 0.
+        say: told how far a long preparation of the data is.
+    Raises:
+        DataError: there is no such token; says which there are.
+    """
+    written, recipe = recipe, from_anywhere(recipe.resolved())
+    recipe = as_begun(Path(recipe.run.folder), recipe)
+    # One process has the rows of all of them, as more groups.
+    run = recipe.run.model_copy(update={"accumulate": recipe.run.accumulate * data_ranks(recipe)})
+    parts = _open_parts(recipe, open_engine(devices=1, strategy="single", precision=recipe.run.precision), say)
+    objective = _set_up(recipe, parts)
+    _choose_activations(recipe, parts, objective)
+    source = step_source(recipe.model_copy(update={"run": run}), parts.data)
+    return trace_token(
+        RunToTrace(
+            recipe=recipe,
+            written=written,
+            data=parts.data,
+            model=parts.model_file.model,
+            objective=objective,
+            engine=parts.engine,
+            step=source.next_step(),
+            learning_rate=_learning_rate(recipe, total_steps=source.total_steps),
+            make_optimizer=lambda groups: _optimizer_of(recipe, groups, parts.engine.device),
+            boundaries=without_files(parts.boundaries),
+        ),
+        row,
+        token,
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Parts:
     engine: FabricEngine
@@ -385,15 +421,31 @@ def _parameter_groups(recipe: Recipe, model: Finch) -> list[dict[str, Any]]:
 
 
 def _optimizer(recipe: Recipe, model: Finch, device: torch.device) -> torch.optim.Optimizer:
+    return _optimizer_of(recipe, _parameter_groups(recipe, model), device)
+
+
+def _optimizer_of(recipe: Recipe, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
     section = recipe.optimizer
     return make_optimizer(
-        _parameter_groups(recipe, model),
+        groups,
         name=section.name,
         lr=section.lr,
         betas=section.betas,
         eps=section.eps,
         device=device,
         is_fused=None if section.fused == "auto" else section.fused,
+    )
+
+
+def _learning_rate(recipe: Recipe, *, total_steps: int) -> LearningRate:
+    section = recipe.optimizer
+    return LearningRate(
+        lr=section.lr,
+        lr_final=section.lr if section.lr_final is None else section.lr_final,
+        schedule=section.schedule,
+        warmup_steps=section.warmup_steps,
+        total_steps=total_steps,
+        decay_fraction=section.decay_fraction or DECAY_FRACTION,
     )
 
 
@@ -421,14 +473,7 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
         validation=parts.data.validation or (),
         set_names=parts.data.set_names,
         validation_set_names=parts.data.validation.set_names if parts.data.validation else None,
-        learning_rate=LearningRate(
-            lr=optimizer_section.lr,
-            lr_final=optimizer_section.lr if optimizer_section.lr_final is None else optimizer_section.lr_final,
-            schedule=optimizer_section.schedule,
-            warmup_steps=optimizer_section.warmup_steps,
-            total_steps=source.total_steps,
-            decay_fraction=optimizer_section.decay_fraction or DECAY_FRACTION,
-        ),
+        learning_rate=_learning_rate(recipe, total_steps=source.total_steps),
         settings=LoopSettings(
             window=recipe.bptt.window,
             chunk_tokens=recipe.bptt.chunk_tokens,

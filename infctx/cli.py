@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from infctx.cli_adapter import adapter_app
+from infctx.cli_check import check
+from infctx.cli_doctor import doctor
 from infctx.cli_export import convert, export
-from infctx.cli_output import LARGEST_SEED, AsJson, answer, leave, say, shown
+from infctx.cli_output import LARGEST_SEED, AsJson, answer, leave, say
 from infctx.cli_plan import plan
 from infctx.cli_surgery import model_app
 from infctx.errors import CheckpointError, InfctxError, MachineError, machine_fault
@@ -26,7 +28,6 @@ from infctx.exit_codes import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_MACHIN
 
 if TYPE_CHECKING:
     from infctx.trained import TrainedModel
-    from infctx.training.gradient_check import GradientCheck
 
 app = typer.Typer(
     name="infctx",
@@ -85,47 +86,6 @@ def train(
     answer(result, as_json)
 
 
-@app.command(epilog="Example: infctx check recipes/quickstart.yaml --gradient")
-def check(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    gradient: Annotated[
-        bool, typer.Option("--gradient", help="Measure the chunked gradient against the unchunked one.")
-    ] = False,
-    tokens: Annotated[
-        int | None, typer.Option(min=32, help="Tokens of the longest document to measure on; twice the window.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Validate a recipe with its model and data, and say what a run of it would do.
-
-    With --gradient, exit code 0 means that the chunked gradient is within the stated bound.
-    """
-    loaded = _load_recipe(recipe, overrides)
-    from infctx.assemble import check_recipe
-
-    lines, measured = check_recipe(loaded, with_gradient=gradient, gradient_tokens=tokens, say=say)
-    if not as_json:
-        print("\n".join([*lines, "The recipe is valid: nothing was trained or written."]))
-    if measured is None:
-        answer({"valid": True, "summary": lines}, as_json)
-        return
-    if not as_json:
-        print(_gradient_table(measured))
-    window_bias = measured.window_bias or dict.fromkeys(measured.relative_error, 0.0)
-    answer(
-        {
-            "relative_error": measured.relative_error,
-            "window_bias": window_bias,
-            "bound": measured.bound,
-            "tokens": measured.num_tokens,
-        },
-        as_json,
-    )
-    if not measured.is_within_bound:
-        leave(EXIT_BUG, f"The chunked gradient is further than {measured.bound:g} from the unchunked one.")
-
-
 @app.command(epilog="Example: infctx data recipes/instruct_quick.yaml --html data.html")
 def data(
     recipe: RecipeFile,
@@ -164,6 +124,8 @@ def data(
     answer(account_with_facts(facts), as_json)
 
 
+app.command(epilog="Example: infctx check recipes/debug_cpu.yaml --trace-token 0:37")(check)
+app.command(epilog="Example: infctx doctor --distributed --processes 2")(doctor)
 app.command(epilog="Example: infctx plan recipes/finch_1b6_lora_exact.yaml --shape 1.6b --device-memory 24GB")(plan)
 app.command(epilog="Example: infctx export runs/quickstart --output finch-mine.pth")(export)
 model_app.command("convert", epilog="Example: infctx model convert model.pth --format hf --output model-hf")(convert)
@@ -289,54 +251,6 @@ def bench_kernels(
         leave(EXIT_BUG, "Nothing could be measured; the lines above say why.")
 
 
-@app.command(epilog="Example: infctx doctor --distributed --processes 2")
-def doctor(
-    distributed: Annotated[
-        bool, typer.Option("--distributed", help="Check instead what several processes can do together.")
-    ] = False,
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="Of --distributed; by default one for each GPU, or 2.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """What this machine can do: devices, WKV6 backends, versions.
-
-    With --distributed, started by torchrun or srun, it checks the processes that these have started, on all machines.
-    """
-    if distributed:
-        _doctor_of_ranks(processes, as_json)
-        return
-    if processes is not None:
-        raise InfctxError("--processes means nothing without --distributed.")
-    from infctx.doctor import machine_facts
-
-    facts = machine_facts()
-    if not as_json:
-        for section, entries in facts.items():
-            print(section)
-            for name, value in entries.items():
-                print(f"  {name:<18} {shown(value)}")
-    answer(facts, as_json)
-
-
-def _doctor_of_ranks(processes: int | None, as_json: bool) -> None:
-    from infctx.doctor_ranks import check_ranks, ranks_table, start_ranks
-    from infctx.launch import is_launched
-
-    if not is_launched(os.environ):
-        sys.exit(start_ranks(processes, as_json=as_json))
-    if processes is not None:
-        raise InfctxError("--processes: this process was started as one of several already. Leave the option out.")
-    found = check_ranks(os.environ)
-    if found is None:
-        return
-    if not as_json:
-        print(ranks_table(found))
-    answer(found, as_json)
-    if not found["is_right"]:
-        leave(EXIT_MACHINE, f"Wrong values, by rank: {found['wrong']}. Train nothing with these before that is mended.")
-
-
 @app.command("recipe-schema", epilog="Example: infctx recipe-schema > recipe.schema.json")
 def recipe_schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a page of tables for people instead.")] = False,
@@ -436,21 +350,6 @@ def _load_recipe(path: Path, overrides: list[str] | None) -> Any:
     from infctx.recipe.load import load_recipe
 
     return load_recipe(path, overrides or [])
-
-
-def _gradient_table(measured: GradientCheck) -> str:
-    """One line for each group of parameters, the worst last."""
-    bias = measured.window_bias
-    lines = [f"Gradient of the first {measured.num_tokens:,} tokens of the longest document, norm of the difference:"]
-    lines.append(f"{'':32} {'chunked / unchunked':>20} {'window / exact':>16}")
-    for group, error in sorted(measured.relative_error.items(), key=lambda item: item[1]):
-        if group in measured.without_gradient:
-            lines.append(f"{group:32} {'no gradient yet':>20}")
-        else:
-            lines.append(f"{group:32} {error:>20.1e} {'exact' if bias is None else format(bias[group], '.1%'):>16}")
-    verdict = "within" if measured.is_within_bound else "NOT within"
-    lines.append(f"Every error is {verdict} the bound of {measured.bound:g}.")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

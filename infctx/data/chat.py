@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Literal
 
 from infctx.data.chat_rows import CHAT_FIELDS, CHAT_ROLES, ChatReader
-from infctx.data.rendered import Rendered, TextBuilder
+from infctx.data.rendered import Rendered, RenderedPart, TextBuilder
 from infctx.data.template_pieces import check_names
 from infctx.errors import DataError
 
@@ -50,18 +50,27 @@ class ChatTemplate:
 
         Raises: WrongFieldsError and EmptyRowError: see `ChatReader.read`; DataError for text that UTF-8 cannot hold.
         """
+        builder = TextBuilder()
+        weight = 0.0
+        for text, weight, _ in self.parts(fields):
+            builder.add(text, weight)
+        return builder.finish(end_weight=weight)
+
+    def parts(self, fields: Mapping[str, object]) -> list[RenderedPart]:
+        """The texts that `render` joins, each with where it comes from. Raises: as `render`."""
         turns = self.reader.read(fields)
         weights = self._weights
         last_of_assistant = max((place for place, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
-        builder = TextBuilder()
-        weight = 0.0
+        parts = []
         for place, turn in enumerate(turns):
             weight = weights[turn.role] * turn.weight
             if self.train_turns == "last" and turn.role == "assistant" and place != last_of_assistant:
                 weight = 0.0
-            builder.add(_LABELS[turn.role], 0.0)
-            builder.add(f" {turn.text}" if place == len(turns) - 1 else f" {turn.text}\n\n", weight)
-        return builder.finish(end_weight=weight)
+            source = f"turn {place + 1} ({turn.role})"
+            parts.append(RenderedPart(_LABELS[turn.role], 0.0, f"label of {source}"))
+            text = f" {turn.text}" if place == len(turns) - 1 else f" {turn.text}\n\n"
+            parts.append(RenderedPart(text, weight, source))
+        return parts
 
 
 def make_chat_template(

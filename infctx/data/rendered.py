@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from infctx.data.tokenizer import encode_utf8
 from infctx.errors import DataError
@@ -23,6 +24,14 @@ class Rendered:
     text: str
     spans: tuple[tuple[int, int, float], ...]
     end_weight: float
+
+
+class RenderedPart(NamedTuple):
+    """A part of a row's text. weight: without that of the row and the set. source: "column output", "turn 2 (user)"."""
+
+    text: str
+    weight: float
+    source: str
 
 
 class WrongFieldsError(DataError):

@@ -24,6 +24,7 @@ from typing import Any
 from infctx.data.rendered import (
     EmptyRowError,
     Rendered,
+    RenderedPart,
     TextBuilder,
     WrongFieldsError,
     found_fields,
@@ -123,6 +124,19 @@ class PieceTemplate:
             weight = piece.weight
             builder.add(self._filled(piece, values, fields), weight)
         return builder.finish(end_weight=weight if self.trains_end else 0.0)
+
+    def parts(self, fields: Mapping[str, object]) -> list[RenderedPart]:
+        """The texts that `render` joins, each with where it comes from. Raises: as `render`."""
+        values = self._values(fields)
+        return [
+            RenderedPart(
+                self._filled(piece, values, fields),
+                piece.weight,
+                f"column {' and '.join(piece.columns)}" if piece.columns else "fixed text of the template",
+            )
+            for piece in self.pieces
+            if piece.when is None or values.get(piece.when)
+        ]
 
     def _values(self, fields: Mapping[str, object]) -> dict[str, str]:
         values = {}

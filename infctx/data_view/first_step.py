@@ -116,13 +116,14 @@ def _shown_row(sequence: ChunkSequence, group: int, row: int, tokenizer: Tokeniz
         num_tokens=len(whole),
         num_starts=int(whole.starts.sum()),
         tokens=tuple(
-            ShownToken(text=_token_text(token, tokenizer), id=token, weight=weight, is_start=start)
+            ShownToken(text=token_text(token, tokenizer), id=token, weight=weight, is_start=start)
             for token, weight, start in shown
         ),
     )
 
 
-def _token_text(token: int, tokenizer: Tokenizer) -> str:
+def token_text(token: int, tokenizer: Tokenizer) -> str:
+    """A token in one line: what is no text as escapes, newlines and tabs as signs; empty for end of text."""
     data = bytes_of(np.array([token]), tokenizer)
     try:
         text = data.decode()

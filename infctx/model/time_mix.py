@@ -30,6 +30,16 @@ class MixedInputs(NamedTuple):
     raw_decay: Tensor
 
 
+class RecurrenceValues(NamedTuple):
+    """What goes into the recurrence and what comes out of it, all [B, T, H, N]; log_decay in the state's dtype."""
+
+    receptance: Tensor
+    key: Tensor
+    value: Tensor
+    log_decay: Tensor
+    output: Tensor
+
+
 class TimeMix(nn.Module):
     """What Finch and Eagle share; `_mix` differs."""
 
@@ -63,6 +73,18 @@ class TimeMix(nn.Module):
         norm = self.group_norm
         gated = group_norm_gate(output, gate, norm.weight, norm.bias, eps=norm.eps, backend=self.surrounding_backend)
         return self.output(gated), shift_behind(hidden, shift, after), new_wkv
+
+    @torch.no_grad()
+    def recurrence_values(
+        self, hidden: Activations, shift: LayerShift, wkv: LayerWkv, starts: Starts | None
+    ) -> RecurrenceValues:
+        """What `forward` would compute on the way, to be looked at; takes the arguments of `forward`, on one rank."""
+        assert self.time_group is None, "a slice of a chunk alone does not know the state before it"
+        mixed = self._mix(hidden, shift, starts, work=wkv.dtype)
+        output, _, _ = self._recur(mixed, wkv, starts)
+        projected = (self.receptance(mixed.receptance), self.key(mixed.key), self.value(mixed.value))
+        log_decay = -torch.exp(mixed.raw_decay.expand(*projected[0].shape[:2], -1))
+        return RecurrenceValues(*(tensor.view(output.shape) for tensor in (*projected, log_decay)), output)
 
     def _recur(self, mixed: MixedInputs, wkv: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The recurrence's output [B, T, H, N], the gate [B, T, A] and the new state of the recurrence."""

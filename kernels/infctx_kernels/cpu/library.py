@@ -24,6 +24,7 @@ SOURCES = ("wkv6.cpp", "surrounding.cpp")
 HEADERS = ("vector.h",)
 COMPILERS = ("g++", "clang++", "c++")
 COMPILE_SECONDS = 300
+LIBRARY_NAME = "kernels.so"
 # -ffast-math would change the whole process's treatment of denormals when the library is loaded.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 # The first that can be built and loaded: some compilers take no -march on their architecture, and Apple's takes
@@ -65,6 +66,17 @@ def why_not() -> str | None:
     return result if isinstance(result, str) else None
 
 
+def is_built() -> bool:
+    """Whether the library of this version is in the cache; builds nothing."""
+    compiler = _compiler()
+    if os.name != "posix" or compiler is None:
+        return False
+    try:
+        return (_cache_folder() / _build_key(compiler) / LIBRARY_NAME).exists()
+    except LibraryError:
+        return False
+
+
 @functools.cache
 def _load_or_reason() -> ctypes.CDLL | str:
     try:
@@ -73,17 +85,21 @@ def _load_or_reason() -> ctypes.CDLL | str:
         return str(error)
 
 
+def _compiler() -> str | None:
+    return next((found for name in COMPILERS if (found := shutil.which(name))), None)
+
+
 def _load() -> ctypes.CDLL:
     if os.name != "posix":
         raise LibraryError("the C++ kernels are built on Linux and macOS only")
-    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    compiler = _compiler()
     if compiler is None:
         raise LibraryError(
             "no C++ compiler found (g++ or clang++). With one, training on a CPU is several times as fast; "
             "on Debian or Ubuntu: sudo apt-get install g++"
         )
     folder = _cache_folder() / _build_key(compiler)
-    library = folder / "kernels.so"
+    library = folder / LIBRARY_NAME
     # One builds, the others wait for it; the lock dies with its process.
     with _locked(folder):
         if library.exists():
