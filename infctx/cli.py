@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from infctx.cli_adapter import adapter_app
+from infctx.cli_eval import EPILOG as EVAL_EPILOG
+from infctx.cli_eval import evaluate
 from infctx.cli_export import convert, export
 from infctx.cli_output import LARGEST_SEED, AsJson, answer, leave, say, shown
 from infctx.cli_plan import plan
@@ -165,6 +167,7 @@ def data(
 
 
 app.command(epilog="Example: infctx plan recipes/finch_1b6_lora_exact.yaml --shape 1.6b --device-memory 24GB")(plan)
+app.command("eval", epilog=EVAL_EPILOG)(evaluate)
 app.command(epilog="Example: infctx export runs/quickstart --output finch-mine.pth")(export)
 model_app.command("convert", epilog="Example: infctx model convert model.pth --format hf --output model-hf")(convert)
 
