@@ -19,6 +19,8 @@ import typer
 from infctx.cli_adapter import adapter_app
 from infctx.cli_check import check
 from infctx.cli_doctor import doctor
+from infctx.cli_eval import EPILOG as EVAL_EPILOG
+from infctx.cli_eval import evaluate
 from infctx.cli_export import convert, export
 from infctx.cli_output import LARGEST_SEED, AsJson, answer, leave, say
 from infctx.cli_plan import plan
@@ -127,6 +129,7 @@ def data(
 app.command(epilog="Example: infctx check recipes/debug_cpu.yaml --trace-token 0:37")(check)
 app.command(epilog="Example: infctx doctor --distributed --processes 2")(doctor)
 app.command(epilog="Example: infctx plan recipes/finch_1b6_lora_exact.yaml --shape 1.6b --device-memory 24GB")(plan)
+app.command("eval", epilog=EVAL_EPILOG)(evaluate)
 app.command(epilog="Example: infctx export runs/quickstart --output finch-mine.pth")(export)
 model_app.command("convert", epilog="Example: infctx model convert model.pth --format hf --output model-hf")(convert)
 

@@ -66,7 +66,7 @@ class ChunkObjective(nn.Module):
         With `sets`, the set of each target, a fifth follows: the part of each set in the sum, float64 [num_sets],
         through which no gradient flows. most_tokens: see `weighted_loss_sum`.
         """
-        with _compute_dtype(self.model, wkv.device):
+        with in_compute_dtype(self.model, wkv.device):
             state = ModelState(wkv, att_shift, ffn_shift)
             return self._forward(tokens, targets, loss_weight, starts, state, with_loss, sets, num_sets, most_tokens)
 
@@ -109,7 +109,7 @@ class ChunkObjective(nn.Module):
         return loss, *state, sum_by_set(token_losses, sets.flatten(), num_sets)
 
 
-def _compute_dtype(model: nn.Module, device: torch.device) -> AbstractContextManager[object]:
+def in_compute_dtype(model: nn.Module, device: torch.device) -> AbstractContextManager[object]:
     """Matrix products in bf16 where the model computes so, whatever its weights are stored in.
 
     Entered inside of what an engine wraps: DeepSpeed switches off what is entered outside.
