@@ -198,10 +198,9 @@ def _read(opened: OpenedVoice, asked: _Asked, text: str, before: PromptState | N
         progress = ReadingProgress(len(tokens), signals)
         place = read_long_text(opened.voice.model, opened.reader, long_text, goes_on=progress.goes_on)
         if not place.is_whole:
-            told_of = (
-                f"Stopped by {signals.name} at {place.text_tokens:,} of {len(tokens):,} tokens; {asked.save_state} "
-            )
-            leave(EXIT_STOPPED, told_of + "holds them. The same command goes on from there.")
+            at = f"{place.text_tokens:,} of {len(tokens):,} tokens"
+            told_of = f"Stopped by {signals.name} at {at}; {asked.save_state} holds them."
+            leave(EXIT_STOPPED, f"{told_of} The same command goes on from there.")
     speed.read(len(tokens) - (progress.first or 0))
     if asked.save_state is not None:
         say(f"{asked.save_state} holds {place.reading.num_tokens:,} tokens; ask with --state {asked.save_state}.")

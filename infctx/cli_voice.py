@@ -1,4 +1,4 @@
-"""What `infctx generate` and `infctx chat` share: their options, the model that is opened, long texts, and the speed."""
+"""What `infctx generate` and `infctx chat` share: options, the model that is opened, long texts, the speed."""
 
 from __future__ import annotations
 
@@ -197,9 +197,8 @@ class ReadingProgress:
         if now - self._started >= _SECONDS_BEFORE_PROGRESS and now - self._told >= due:
             self._told = now
             line = self.line(num_read, now - self._started)
-            print(
-                f"\r{line:<79}" if is_terminal else line, end="" if is_terminal else "\n", file=sys.stderr, flush=True
-            )
+            before, after = ("\r", "") if is_terminal else ("", "\n")
+            print(f"{before}{line:<79}", end=after, file=sys.stderr, flush=True)
         if is_terminal and num_read == self._total and self._told > self._started:
             print("\r" + " " * 79 + "\r", end="", file=sys.stderr, flush=True)
         return self._signals.name is None

@@ -56,7 +56,7 @@ class ChatSession:
         self.set_system(system)
         self._num_answers = 0
         self._base = _FRESH
-        # One for each turn, at the beginning of its answer; and the end of the last answer, where it was read whole.
+        # One for each turn, at the beginning of its answer; and one beside them, at the end of the last answer.
         self._places: list[Place] = []
         self._after: Place | None = None
 
@@ -106,8 +106,8 @@ class ChatSession:
         """Forget the last turn. Raises InfctxError where there is none."""
         if not self.turns:
             raise InfctxError("There is no turn to take back.")
-        self._places.pop()
-        self._after = None
+        # The same thing may be said again.
+        self._after = self._places.pop()
         return self.turns.pop()
 
     def reset(self) -> None:

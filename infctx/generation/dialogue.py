@@ -105,7 +105,7 @@ def dialogue_of(template: Template | None) -> Dialogue:
     if len(needed) != 1 or needed & set(layout.pieces[answer].columns):
         raise InfctxError(
             f"This model was trained on {name} ({', '.join(layout.columns)}), where an answer follows "
-            f"{len(needed)} texts; infctx chat has one, what you type. Use infctx generate --prompt with the whole text."
+            f"{len(needed)} texts; infctx chat has one, what you type. Use infctx generate with the whole text."
         )
     (question,) = needed
     stops = ("\n\n",) if layout.is_clean else ()
