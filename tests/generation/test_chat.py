@@ -213,5 +213,5 @@ def test_few_ids(make_finch: Callable[..., Finch]) -> None:
     voice = Voice(model=model, step=SingleTokenStep(model), tokenizer=BytesTokenizer())
     session = ChatSession(voice, WorldDialogue(), WISH)
     assert say(session, "plain") is not None
-    with pytest.raises(InfctxError, match="196 is beyond.*150"):
+    with pytest.raises(InfctxError, match=r"196 is beyond.*150"):
         say(session, "é")

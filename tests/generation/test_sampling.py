@@ -40,7 +40,7 @@ def probabilities(logits: list[float], *, temperature: float, top_k: int, top_p:
         (1.0, 5, 1.0),
         (1.5, 20, 0.6),
         (1.0, 0, 0.0),
-        (1.0, VOCAB + 9, 0.3),
+        (1.0, 900, 0.3),
     ],
 )
 def test_frequencies_are_the_probabilities(temperature: float, top_k: int, top_p: float) -> None:
