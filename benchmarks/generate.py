@@ -64,7 +64,13 @@ def main() -> None:
             compare(size, model, num_rows, sides)
             ours = steps(sides["step"], model, num_rows)
             for name in [name for name in sides if name != "step"]:
-                times = time_pairs(ours, steps(sides[name], model, num_rows), time_on_cpu, num_pairs=arguments.pairs)
+                times = time_pairs(
+                    ours,
+                    steps(sides[name], model, num_rows),
+                    time_on_cpu,
+                    num_pairs=arguments.pairs,
+                    sample_seconds=0.1,
+                )
                 rows.append(row_of(size, num_rows, name, times))
                 print(json.dumps(rows[-1]), flush=True)
     draws = draw_times()

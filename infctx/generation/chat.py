@@ -94,7 +94,8 @@ class ChatSession:
             raise
         finally:
             if row.ended is not None:
-                self.turns.append(Turn(user, row.text.strip()))
+                # Bytes that are no character were no part of any training text, and are not told to the model again.
+                self.turns.append(Turn(user, row.text.replace("\ufffd", "").strip()))
                 self._places.append(place)
         # The token that ended it was drawn and not read; end of text is not among the tokens.
         read = row.tokens if row.ended == "end_of_text" else row.tokens[:-1]

@@ -23,7 +23,7 @@ def prompts(voice: Voice) -> list[Prompt]:
     return [
         Prompt(
             tokens=voice.tokenizer.encode(text),
-            wish=Wish(sampling=OPTIONS, seed=11 + place, max_tokens=length, stops=("e", "\n\n")),
+            wish=Wish(sampling=OPTIONS, seed=11 + place, max_tokens=length, stops=tuple("aeiou stQ\n,.")),
         )
         for place, (text, length) in enumerate(zip(TEXTS, lengths, strict=True))
     ]

@@ -85,7 +85,7 @@ def test_stopped_and_read_on_ends_in_the_same_bits(
 def test_what_is_read_is_kept_every_ten_minutes(
     voice: Voice, reader: Reader, document: TokenArray, tmp_path: Path
 ) -> None:
-    times = iter([0.0, 599.0, 601.0, 700.0])
+    times = iter([0.0, 599.0, 601.0, 601.0, 700.0, 700.0])
     path = tmp_path / "document.state"
     sizes: list[int] = []
 
@@ -146,7 +146,7 @@ def test_broken_state_files(voice: Voice, reader: Reader, saved: Path, tmp_path:
     for length in (0, 5, 100, len(content) // 2, len(content) - 1):
         saved.write_bytes(content[:length])
         refused("truncated")
-    for place in (len(content) - 3, len(content) - 20_000):
+    for place in (len(content) - 3, len(content) - 2_000):
         changed = bytearray(content)
         changed[place] ^= 1
         saved.write_bytes(changed)

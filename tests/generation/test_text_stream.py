@@ -46,12 +46,12 @@ def test_random_texts_and_stops() -> None:
 
 def test_a_stop_within_a_token_and_across_tokens() -> None:
     world = WorldTokenizer()
-    tokens = world.encode("Hello there.\n\nUser: no").tolist()
-    assert any(b"\n\n" in world.decode_bytes([token]) and world.decode_bytes([token]) != b"\n\n" for token in tokens)
-    assert streamed(tokens, ["\n\n"], world)[:2] == ("Hello there.", True)
-    assert streamed(tokens, ["\n\nUser"], world)[:2] == ("Hello there.", True)
-    assert streamed(tokens, ["re.\n\nUs"], world)[:2] == ("Hello the", True)
-    assert streamed(tokens, ["\n\nUserx", "zzz"], world)[:2] == ("Hello there.\n\nUser: no", False)
+    tokens = world.encode("Hello there. \n\nUser: no").tolist()
+    assert b" \n\n" in [world.decode_bytes([token]) for token in tokens]
+    assert streamed(tokens, ["\n\n"], world)[:2] == ("Hello there. ", True)
+    assert streamed(tokens, ["\n\nUser"], world)[:2] == ("Hello there. ", True)
+    assert streamed(tokens, ["re. \n\nUs"], world)[:2] == ("Hello the", True)
+    assert streamed(tokens, ["\n\nUserx", "zzz"], world)[:2] == ("Hello there. \n\nUser: no", False)
 
 
 def test_nothing_is_shown_that_may_be_the_stop_and_all_else_at_once() -> None:

@@ -80,7 +80,7 @@ def test_an_attached_adapter(make_finch: Callable[..., Finch]) -> None:
     from infctx.run_adapter import attach_adapter
 
     model = make_finch(dtype=torch.float64)
-    section = AdapterSection(kind="lora", rank=2, targets=["receptance", "key", "value", "head"])
+    section = AdapterSection(kind="lora", rank=2, alpha=4, targets=["receptance", "key", "value", "head"])
     attach_adapter(section, model, frozen_dtype=torch.float64)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
