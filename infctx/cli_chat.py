@@ -44,7 +44,7 @@ HELP = """\
 /again             answer it anew
 /reset             forget all turns; the system text stays
 /system TEXT       what the model is told first; without TEXT, show it
-/set NAME=VALUE    one of {names}
+/set NAME=VALUE    draw answers otherwise; /set shows NAMEs and values
 /save FILE         keep the conversation
 /load FILE         go on with one, or behind a text that generate --save-state kept
 /help  /quit       Ctrl-C stops an answer, Ctrl-D ends
@@ -200,6 +200,10 @@ class _Talk:
     def _set(self, rest: str) -> None:
         name, _, value = (part.strip() for part in rest.partition("="))
         wish = self._session.wish
+        if not name:
+            values = {**dataclasses.asdict(wish.sampling), "max_tokens": wish.max_tokens}
+            say("\n".join(f"{key}={value:g}" for key, value in values.items()))
+            return
         options = {option.name: option.type for option in dataclasses.fields(wish.sampling)}
         try:
             if name == "max_tokens":
@@ -229,7 +233,7 @@ class _Talk:
         say(f"Going on behind {rest}: {len(self._session.turns)} turns.")
 
     def _help(self, rest: str) -> None:
-        say(HELP.format(names=self._names()))
+        say(HELP)
 
     def _names(self) -> str:
         names = [option.name for option in dataclasses.fields(self._session.wish.sampling)]

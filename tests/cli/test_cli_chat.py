@@ -54,16 +54,19 @@ def test_commands(chat: Chat, tmp_path: Path) -> None:
     assert ended.json["system"] == "Be brief."
     assert ended.err.count("System: Be brief.") == 2
     told = chat("/help").ok()
-    for name in ("/undo", "/again", "/reset", "/system", "/set", "/save", "/load", "/quit", "top_k", "max_tokens"):
+    for name in ("/undo", "/again", "/reset", "/system", "/set", "/save", "/load", "/quit"):
         assert name in told.err
-    assert max(map(len, told.err.splitlines()[:-2])) <= 80
+    assert max(map(len, told.err.splitlines())) <= 80
+    shown = chat("/set top_k=5", "/set").ok().err
+    assert "top_k=5\n" in shown
+    assert "max_tokens=8\n" in shown
 
 
 def test_mistakes_are_told_and_the_talk_goes_on(chat: Chat, models: dict[str, Path], tmp_path: Path) -> None:
     lines = {
         "/nonsense": "expected one of /undo",
         "/undo": "no turn",
-        "/set": "expected one of temperature",
+        "/set x=1": "expected one of temperature",
         "/set top_p=2": "top-p",
         "/set top_k=x": "expected a number",
         "/save": "expected a file",
@@ -109,7 +112,7 @@ def test_a_run_is_asked_as_it_was_trained(cli: Any, chat: Chat, make_recipe: Any
     penalties = ["--presence-penalty", 0.3, "--frequency-penalty", 0.3]
     prompt = ["--prompt", "Question: a\n\nAnswer:", "--stop", "\\n\\n", "--temperature", 0, "--max-tokens", 8]
     alone = cli("generate", tmp_path / "run", *prompt, *penalties, "--json").ok()
-    assert alone.json["text"].strip() == found[0][1]
+    assert alone.json["text"].replace("\ufffd", "").strip() == found[0][1]
 
 
 def test_interrupts(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:

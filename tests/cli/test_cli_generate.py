@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from infctx.cli_voice import ReadingProgress
 
 
 def generate(cli: Any, model: Path, *arguments: object) -> dict[str, Any]:
@@ -23,7 +26,7 @@ def document(tmp_path: Path) -> Path:
 
 
 def test_prompts_from_a_file_and_from_stdin(
-    cli: Any, fresh_process: Any, models: dict[str, Path], tmp_path: Path
+    cli: Any, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "p.txt").write_bytes("Größe\r\n".encode())
     same = ["--max-tokens", 12, "--seed", 3]
@@ -31,7 +34,8 @@ def test_prompts_from_a_file_and_from_stdin(
     assert generate(cli, models["pth"], "--prompt-file", tmp_path / "p.txt", *same)["text"] == expected
     # The prompt of a file is not printed again.
     assert cli("generate", models["pth"], "--prompt-file", tmp_path / "p.txt", *same).ok().out == f"{expected}\n"
-    piped = fresh_process("-m", "infctx", "generate", models["pth"], "--prompt-file", "-", *same, stdin="abc").ok()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"abc")))
+    piped = cli("generate", models["pth"], "--prompt-file", "-", *same).ok()
     assert piped.out == generate(cli, models["pth"], "--prompt", "abc", *same)["text"] + "\n"
 
 
@@ -91,30 +95,54 @@ def test_read_once_and_asked(cli: Any, models: dict[str, Path], document: Path, 
     )
 
 
-def test_reading_is_stopped_and_goes_on(cli: Any, forks: Any, models: dict[str, Path], tmp_path: Path) -> None:
+def test_reading_is_stopped_and_goes_on(
+    cli: Any, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     document, state = tmp_path / "long.txt", tmp_path / "long.state"
-    document.write_text("0123456789abcdef" * 40_000)
+    document.write_text("0123456789abcdef" * 300)
     command = ["generate", models["pth"], "--prompt-file", document, "--save-state", state, "--max-tokens", 6]
     command += ["--seed", 1]
-    process = forks.start(*command)
-    process.wait_for(lambda: _has_worked(process.pid))
-    process.signal(signal.SIGINT)
-    stopped = process.wait()
+    goes_on = ReadingProgress.goes_on
+
+    def interrupted(self: ReadingProgress, num_read: int) -> bool:
+        if num_read == 2048:
+            signal.raise_signal(signal.SIGINT)
+        return goes_on(self, num_read)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReadingProgress, "goes_on", interrupted)
+        stopped = cli(*command)
     assert stopped.code == 3, stopped.err
-    found = re.search(r"Stopped by SIGINT at ([\d,]+) of 640,000 tokens", stopped.err)
-    assert found, stopped.err
-    assert 0 < int(found[1].replace(",", "")) < 640_000
+    assert "Stopped by SIGINT at 2,048 of 4,800 tokens" in stopped.err
+    assert stopped.out == ""
     refused = cli("generate", models["pth"], "--prompt", "another", "--save-state", state, "--max-tokens", 1)
     refused.refused(str(state), "another text", "--force")
-    ended = forks.start(*command, "--json").wait().ok()
-    assert f"{found[1]} of 640,000 tokens had been read before" in ended.err
-    assert ended.json["speed"]["prompt_tokens"] == 640_000 - int(found[1].replace(",", ""))
+    asked = cli("generate", models["pth"], "--state", state, "--max-tokens", 1).ok()
+    assert "stopped before the end" in asked.err
+    ended = cli(*command, "--json").ok()
+    assert "2,048 of 4,800 tokens had been read before" in ended.err
+    assert ended.json["speed"]["prompt_tokens"] == 4800 - 2048
+    whole = cli("generate", models["pth"], "--prompt-file", document, "--max-tokens", 6, "--seed", 1, "--json").ok()
+    assert ended.json["text"] == whole.json["text"]
 
 
-def _has_worked(pid: int) -> bool:
-    """Whether a second of work was done: the model is open, and not all is read."""
-    ticks = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
-    return int(ticks[11]) >= 100
+def test_an_interrupt_while_writing_ends_with_what_is_there(
+    cli: Any, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from infctx.generation.row import Row
+
+    take = Row.take
+
+    def interrupted(self: Row, logits: Any) -> str:
+        if len(self.tokens) == 3:
+            raise KeyboardInterrupt
+        return take(self, logits)
+
+    monkeypatch.setattr(Row, "take", interrupted)
+    ended = cli("generate", models["pth"], "--prompt", "a", "--max-tokens", 9, "--json")
+    assert ended.code == 130
+    assert (ended.json["tokens"], ended.json["ended"]) == (3, "interrupted")
+    assert ended.err.rstrip().endswith("Interrupted.")
 
 
 def test_a_batch(cli: Any, models: dict[str, Path], tmp_path: Path) -> None:
