@@ -46,7 +46,7 @@ HELP = """\
 /system TEXT       what the model is told first; without TEXT, show it
 /set NAME=VALUE    draw answers otherwise; /set shows NAMEs and values
 /save FILE         keep the conversation
-/load FILE         go on with one, or behind a text that generate --save-state kept
+/load FILE         go on with one, or behind a text of generate --save-state
 /help  /quit       Ctrl-C stops an answer, Ctrl-D ends
 A line that ends in \\ goes on in the next one."""
 

@@ -68,7 +68,7 @@ def test_a_seed_that_was_not_given_is_told(cli: Any, models: dict[str, Path]) ->
 
 
 def test_the_speed_is_told(cli: Any, models: dict[str, Path]) -> None:
-    ended = cli("generate", models["pth"], "--prompt", "abc", "--max-tokens", 5, "--json").ok()
+    ended = cli("generate", models["pth"], "--prompt", "abc", "--max-tokens", 5, "--seed", 1, "--json").ok()
     speed = ended.json["speed"]
     assert (speed["prompt_tokens"], speed["tokens"]) == (3, 5)
     assert speed["first_token_seconds"] > 0
