@@ -38,7 +38,7 @@ class ChatSession:
     """A conversation with a model.
 
     Args:
-        wish: of every answer; its stops come beside those of the dialogue, and each answer has a seed of its own.
+        wish: of every answer, each of which has a seed of its own; without stops it has those of the dialogue.
         system: what the model is told first.
 
     Attributes:
@@ -75,7 +75,7 @@ class ChatSession:
         assert place.reading is not None
         # Each answer has draws of its own, also one that is asked for again.
         seed = (self.wish.seed + self._num_answers) % LARGEST_SEED
-        row = Row(self.voice, replace(self.wish, seed=seed, stops=(*self.dialogue.stops, *self.wish.stops)))
+        row = Row(self.voice, replace(self.wish, seed=seed, stops=self.wish.stops or self.dialogue.stops))
         self.row, self._after = row, None
         self._num_answers += 1
         state, logits = copied([place.reading.state]), place.reading.logits[None]
