@@ -9,8 +9,8 @@ from torch import Tensor
 
 from infctx.errors import CheckpointError, InfctxError
 
-# Nearly every nucleus lies within this many tokens: sorting a whole vocabulary takes longer than a small model does.
-_FIRST_LOOK = 256
+# Nearly every nucleus lies within the first of these: sorting a whole vocabulary takes longer than a small model does.
+_LOOKS = (256, 4096)
 
 
 class LogitsError(CheckpointError):
@@ -70,8 +70,8 @@ class Sampler:
         self._usable_ids = usable_ids
         self._generator = torch.Generator().manual_seed(seed)
         self._has_penalties = options.presence_penalty != 0 or options.frequency_penalty != 0
-        self._counts = torch.zeros(usable_ids, dtype=torch.float64) if self._has_penalties else None
-        self._seen = torch.zeros(usable_ids, dtype=torch.bool) if self._has_penalties else None
+        # Of the tokens drawn so far alone: a vocabulary has a hundred times as many as a text.
+        self._counts: dict[int, float] = {}
 
     def draw(self, logits: Tensor) -> int:
         """Draw a token.
@@ -87,13 +87,15 @@ class Sampler:
                 "the model's logits are not finite: its weights are damaged, its training diverged, or they overflow "
                 "in this --dtype."
             )
-        if self._counts is None or self._seen is None:
+        if not self._has_penalties:
             return self._draw(usable)
-        penalty = self.options.presence_penalty * self._seen + self.options.frequency_penalty * self._counts
-        token = self._draw(usable - penalty)
-        self._counts *= self.options.penalty_decay
-        self._counts[token] += 1.0
-        self._seen[token] = True
+        counts = torch.tensor(list(self._counts.values()), dtype=torch.float64)
+        penalties = self.options.presence_penalty + self.options.frequency_penalty * counts
+        ids = torch.tensor(list(self._counts), dtype=torch.int64)
+        token = self._draw(usable.index_add(0, ids, -penalties.float()))
+        decay = self.options.penalty_decay
+        self._counts = {drawn: count * decay for drawn, count in self._counts.items()}
+        self._counts[token] = self._counts.get(token, 0.0) + 1.0
         return token
 
     def _draw(self, logits: Tensor) -> int:
@@ -117,10 +119,11 @@ class Sampler:
         if top_p >= 1:
             return weights, None
         wanted = top_p * weights.sum()
-        first, ids = weights.topk(min(_FIRST_LOOK, weights.numel()))
-        if first.sum() < wanted:
-            first, ids = weights.sort(descending=True)
-        return _nucleus(first, ids, wanted)
+        for look in _LOOKS:
+            largest, ids = weights.topk(min(look, weights.numel()))
+            if largest.sum() >= wanted:
+                return _nucleus(largest, ids, wanted)
+        return _nucleus(*weights.sort(descending=True), wanted)
 
 
 def _nucleus(weights: Tensor, ids: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -108,6 +108,28 @@ def test_what_was_read_is_not_read_again(session: ChatSession) -> None:
     assert session.tokens_read < 100
 
 
+@pytest.mark.parametrize(("drawn", "ended"), [(" hello\n\n", "stop"), (" hello", "end_of_text")])
+def test_an_answer_is_read_while_it_is_written(
+    session: ChatSession, voice: Voice, monkeypatch: pytest.MonkeyPatch, drawn: str, ended: str
+) -> None:
+    """The next prompt begins with its tokens, and is read on from its end; the place is that of the whole text."""
+    tokens = iter([byte + 1 for byte in drawn.encode()] + [0] + [1 + ord("x")] * 30)
+    monkeypatch.setattr("infctx.generation.sampling.Sampler.draw", lambda self, logits: next(tokens))
+    assert say(session, "one") == "hello"
+    assert session.row is not None
+    assert session.row.ended == ended
+    if ended == "stop":
+        next(tokens)
+    say(session, "two")
+    place = session._places[-1]
+    unread = len("\n\nUser: two\n\nAssistant:") - (ended == "stop")
+    assert session.tokens_read == unread
+    expected = read_tokens(voice.model, place.tokens)
+    torch.testing.assert_close(place.reading.logits, expected.logits, rtol=1e-5, atol=5e-5)
+    for one, other in zip(place.reading.state, expected.state, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=5e-5)
+
+
 def test_undo_again_and_reset(session: ChatSession, voice: Voice) -> None:
     first = say(session, "one")
     second = say(session, "two")

@@ -105,6 +105,7 @@ def test_behind_a_state(voice: Voice, reader: Reader, document: TokenArray, save
     text = LongText(tokens=more, before=before, file=tmp_path / "both.state")
     found = read_long_text(voice.model, reader, text, goes_on=lambda n: True)
     assert_same(found.reading, read_tokens(voice.model, more, before.reading))
+    assert found.text_digest != digest_of(more), "the same words behind another text are another text"
     assert found.before == before.text_digest == digest_of(document)
     with pytest.raises(CheckpointError, match="another text"):
         read_long_text(voice.model, reader, LongText(tokens=more, file=text.file), goes_on=lambda n: True)

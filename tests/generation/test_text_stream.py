@@ -59,6 +59,13 @@ def test_nothing_is_shown_that_may_be_the_stop_and_all_else_at_once() -> None:
     assert pieces == ["a", "b", "", "\nc", "", ""]
 
 
+def test_never_half_a_character() -> None:
+    text = "aé€👩‍👧東京"
+    for tokenizer in (BytesTokenizer(), WorldTokenizer()):
+        found, _, pieces = streamed(tokenizer.encode(text).tolist(), [], tokenizer)
+        assert (found, pieces[-1]) == (text, "")
+
+
 def test_half_a_character_waits() -> None:
     tokens = [byte + 1 for byte in "é".encode()]
     assert streamed(tokens, [], BytesTokenizer())[2] == ["", "é", ""]
