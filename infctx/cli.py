@@ -6,30 +6,28 @@ People's output goes to stderr, except for what a command was asked to print; wi
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from infctx.cli_adapter import adapter_app
+from infctx.cli_chat import chat
 from infctx.cli_check import check
 from infctx.cli_doctor import doctor
 from infctx.cli_eval import EPILOG as EVAL_EPILOG
 from infctx.cli_eval import evaluate
 from infctx.cli_export import convert, export
-from infctx.cli_output import LARGEST_SEED, AsJson, answer, leave, say
+from infctx.cli_generate import generate
+from infctx.cli_output import AsJson, Left, answer, leave, say
 from infctx.cli_plan import plan
 from infctx.cli_surgery import model_app
-from infctx.errors import CheckpointError, InfctxError, MachineError, machine_fault
+from infctx.errors import InfctxError, MachineError, machine_fault
 from infctx.exit_codes import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_MACHINE, EXIT_STOPPED, EXIT_USER
-
-if TYPE_CHECKING:
-    from infctx.trained import TrainedModel
 
 app = typer.Typer(
     name="infctx",
@@ -131,57 +129,9 @@ app.command(epilog="Example: infctx doctor --distributed --processes 2")(doctor)
 app.command(epilog="Example: infctx plan recipes/finch_1b6_lora_exact.yaml --shape 1.6b --device-memory 24GB")(plan)
 app.command("eval", epilog=EVAL_EPILOG)(evaluate)
 app.command(epilog="Example: infctx export runs/quickstart --output finch-mine.pth")(export)
+app.command(epilog='Example: infctx generate runs/quickstart --prompt "The for statement" --max-tokens 100')(generate)
+app.command(epilog="Example: infctx chat runs/mine --temperature 0.8")(chat)
 model_app.command("convert", epilog="Example: infctx model convert model.pth --format hf --output model-hf")(convert)
-
-
-@app.command(epilog='Example: infctx generate runs/quickstart --prompt "The for statement" --max-tokens 100')
-def generate(
-    source: Annotated[Path, typer.Argument(metavar="MODEL_OR_RUN", help="A model file or a run folder.")],
-    prompt: Annotated[str, typer.Option(help="The text to continue.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 = always the most probable token.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the tokens that make up this much.")] = 0.7,
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=LARGEST_SEED, help="The same seed gives the same text.")
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="world, bytes or a tokenizer JSON, where the model does not say.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Continue a text."""
-    from infctx.data.tokenizer import StreamDecoder, tokenizer_by_name, tokenizer_for_vocab
-    from infctx.model.sampling import sample_tokens
-
-    trained = _open(source)
-    name = tokenizer or trained.tokenizer or tokenizer_for_vocab(trained.model.config.vocab_size)
-    chosen = tokenizer_by_name(name)
-    # An empty prompt is a new document: what comes before one is the end of another.
-    ids = chosen.encode(prompt).tolist() or [0]
-    if max(ids) >= trained.model.config.vocab_size:
-        size = trained.model.config.vocab_size
-        raise InfctxError(f"--tokenizer {name}: id {max(ids)} is beyond the model's vocabulary of {size:,} ids.")
-    decoder = StreamDecoder(chosen)
-    tokens = sample_tokens(
-        trained.model,
-        ids,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        usable_ids=chosen.vocab_size,
-    )
-    pieces = []
-    try:
-        for piece in itertools.chain((decoder.push(token) for token in tokens), [decoder.flush()]):
-            if not as_json:
-                print(piece if pieces else prompt + piece, end="", flush=True)
-            pieces.append(piece)
-    except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from error
-    if not as_json:
-        print()
-    answer({"prompt": prompt, "text": "".join(pieces)}, as_json)
 
 
 @bench_app.command("kernels", epilog="Example: infctx bench kernels --threads 1 --output benchmarks/results")
@@ -303,7 +253,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except InfctxError as error:
         leave(EXIT_USER, "" if error.is_told else f"Error: {error}")
     except SystemExit as done:
-        if done.code == EXIT_INTERRUPTED:
+        if done.code == EXIT_INTERRUPTED and not isinstance(done, Left):
             leave(EXIT_INTERRUPTED, "Interrupted; nothing since the last checkpoint was saved.")
         raise
     except Exception as error:
@@ -338,15 +288,6 @@ def _flush_or_forget() -> None:
         except (OSError, ValueError):
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _open(source: Path) -> TrainedModel:
-    from infctx.trained import open_trained
-
-    trained = open_trained(source)
-    for note in trained.notes:
-        say(note)
-    return trained
 
 
 def _load_recipe(path: Path, overrides: list[str] | None) -> Any:

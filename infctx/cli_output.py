@@ -36,11 +36,15 @@ def shown(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+class Left(SystemExit):
+    """The end of a command that has told why."""
+
+
 def leave(code: int, message: str) -> NoReturn:
     """Tell a person why, if there is anything to tell, and end with an exit code."""
     if message:
         say(message)
-    sys.exit(code)
+    raise Left(code)
 
 
 def _json_value(value: object) -> object:

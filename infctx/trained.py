@@ -12,7 +12,7 @@ from torch import Tensor
 
 from infctx.adapters.adapter import Adapter
 from infctx.adapters.quantized_base import quantize_
-from infctx.checkpoint.model_file import open_model, read_model_file
+from infctx.checkpoint.model_file import fingerprint, open_model, read_model_file, tensors_of
 from infctx.checkpoint.run_state import load_run_state
 from infctx.errors import CheckpointError
 from infctx.export.adapter_files import merge_adapter, read_adapter
@@ -34,13 +34,15 @@ Base = Literal["trained", "original"]
 class TrainedModel:
     """A model ready for use.
 
-    tokenizer: its name, or None where nothing says it. step: of the checkpoint, if any. is_averaged: its trained
-    weights are their moving average over the run. notes: what to tell.
+    tokenizer: its name, or None where nothing says it. step: of the checkpoint, if any. fingerprint: tells other
+    weights apart, whatever dtype they are used in. is_averaged: its trained weights are their moving average over the
+    run. notes: what to tell.
     """
 
     model: Finch
     tokenizer: str | None
     step: int | None
+    fingerprint: str
     is_averaged: bool = False
     notes: Sequence[str] = ()
 
@@ -62,20 +64,31 @@ class OpenedForExport:
     notes: Sequence[str] = ()
 
 
-def open_trained(path: str | Path, *, last_weights: bool = False) -> TrainedModel:
-    """A model file, or a run folder with its newest checkpoint merged into its base model; float32, on the CPU.
+def open_trained(
+    path: str | Path,
+    *,
+    last_weights: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> TrainedModel:
+    """A model file, or a run folder with its newest checkpoint merged into its base model, which is done in float32.
 
     Args:
         last_weights: of a run that averages its weights (optimizer.ema_decay) take those of the last step all the same.
+        dtype, device: of the parameters.
     """
     path = Path(path)
     if not (path / RECIPE_FILE).is_file():
-        opened = read_model_file(path)
-        return TrainedModel(model=opened.model, tokenizer=opened.tokenizer, step=None)
+        if last_weights:
+            raise CheckpointError(f"--last-weights: {path} is not a run that averages its weights. Leave it out.")
+        opened = read_model_file(path, dtype=dtype, device=device)
+        return TrainedModel(model=opened.model, tokenizer=opened.tokenizer, step=None, fingerprint=opened.fingerprint)
     attached = _attach_newest(path, dtype=torch.float32, last_weights=last_weights)
     attached.adapter.merge_()
+    merged_fingerprint = fingerprint(tensors_of(attached.model))
     return TrainedModel(
-        model=attached.model.eval(),
+        model=attached.model.to(device=device, dtype=dtype).eval(),
+        fingerprint=merged_fingerprint,
         tokenizer=attached.tokenizer,
         step=attached.step,
         is_averaged=attached.is_averaged,

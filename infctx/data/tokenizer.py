@@ -6,7 +6,6 @@ as a file, such as GPT-NeoX's, are in `tokenizer_json`.
 """
 
 import ast
-import codecs
 import functools
 import importlib.metadata
 import importlib.resources
@@ -229,22 +228,6 @@ class BytesTokenizer:
     def decode(self, ids: TokenIds | Sequence[int]) -> str:
         """Decode for display."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-
-class StreamDecoder:
-    """Decode ids one at a time, showing a character only when all its bytes have come."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token_id: int) -> str:
-        """Give the text that this id completes; may be empty."""
-        return self._decoder.decode(self._tokenizer.decode_bytes([token_id]))
-
-    def flush(self) -> str:
-        """Give what is held back (U+FFFD for an unfinished character) and start anew."""
-        return self._decoder.decode(b"", final=True)
 
 
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {"world": WorldTokenizer, "bytes": BytesTokenizer}

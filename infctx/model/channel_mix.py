@@ -17,7 +17,7 @@ from infctx_kernels import sigmoid_gate, squared_relu
 
 
 class ChannelMix(nn.Module):
-    """What Finch and Eagle share; `_weights` differs."""
+    """What Finch and Eagle share; `mix_weights` differs."""
 
     def __init__(self, config: FinchConfig) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class ChannelMix(nn.Module):
         backend = self.surrounding_backend
         before, after = vector_before(hidden, shift, self.time_group)
         key_input, receptance_input = token_shift(
-            hidden, before, self._weights(), starts=starts, start=self.initial_shift, backend=backend
+            hidden, before, self.mix_weights(), starts=starts, start=self.initial_shift, backend=backend
         )
         value = self.value(squared_relu(self.key(key_input), backend=backend))
         output = sigmoid_gate(self.receptance(receptance_input), value, backend=backend)
@@ -47,7 +47,7 @@ class ChannelMix(nn.Module):
             return last.to(shift.dtype)
         return self.time_group.exchange(last, shift)[1]
 
-    def _weights(self) -> Tensor:
+    def mix_weights(self) -> Tensor:
         """How far the inputs of key and receptance move towards the token before, [2, C]."""
         raise AssertionError("FinchChannelMix or EagleChannelMix")
 
@@ -60,7 +60,8 @@ class FinchChannelMix(ChannelMix):
         self.lerp_key = nn.Parameter(torch.empty(config.n_embd))
         self.lerp_receptance = nn.Parameter(torch.empty(config.n_embd))
 
-    def _weights(self) -> Tensor:
+    def mix_weights(self) -> Tensor:
+        """The weights, [2, C]."""
         return torch.stack([self.lerp_key, self.lerp_receptance])
 
 
@@ -72,5 +73,6 @@ class EagleChannelMix(ChannelMix):
         self.mix_key = nn.Parameter(torch.empty(config.n_embd))
         self.mix_receptance = nn.Parameter(torch.empty(config.n_embd))
 
-    def _weights(self) -> Tensor:
+    def mix_weights(self) -> Tensor:
+        """One minus the weights, [2, C]."""
         return 1.0 - torch.stack([self.mix_key, self.mix_receptance])

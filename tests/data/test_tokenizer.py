@@ -11,7 +11,6 @@ from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 from infctx.data.tokenizer import (
     END_OF_TEXT,
     BytesTokenizer,
-    StreamDecoder,
     Tokenizer,
     WorldTokenizer,
     tokenizer_by_name,
@@ -150,25 +149,6 @@ def test_a_lone_surrogate_is_a_data_error(tokenizer: WorldTokenizer | BytesToken
 def test_tokenizers_can_be_pickled_after_use(tokenizer: WorldTokenizer | BytesTokenizer) -> None:
     expected = tokenizer.encode("héllo").tolist()
     assert pickle.loads(pickle.dumps(tokenizer)).encode("héllo").tolist() == expected
-
-
-def test_stream_decoder_never_shows_half_a_character() -> None:
-    text = "aé€👩‍👧東京"
-    for tokenizer in (BytesTokenizer(), WorldTokenizer()):
-        decoder = StreamDecoder(tokenizer)
-        shown = [decoder.push(token_id) for token_id in tokenizer.encode(text).tolist()]
-        assert "\ufffd" not in "".join(shown)
-        assert "".join(shown) == text
-        assert decoder.flush() == ""
-
-
-def test_stream_decoder_flush_shows_the_unfinished_character_once() -> None:
-    tokenizer = BytesTokenizer()
-    decoder = StreamDecoder(tokenizer)
-    assert [decoder.push(byte + 1) for byte in "€".encode()[:2]] == ["", ""]
-    assert decoder.flush() == "\ufffd"
-    assert decoder.flush() == ""
-    assert decoder.push(ord("x") + 1) == "x"
 
 
 def test_names_and_vocabulary_sizes() -> None:

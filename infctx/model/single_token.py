@@ -1,0 +1,182 @@
+"""One token for each row, without gradients: what generating text does between two draws.
+
+The formulas are those of `Finch.forward` at T = 1, where nothing is chunked, shifted within a chunk or kept for a
+backward pass. What is left is about forty operations a layer; the state is changed where it is. Measured beside the
+forward pass in benchmarks/generate.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from infctx.model.finch import Block, Finch
+from infctx.model.linear import Linear
+from infctx.model.state import ModelState
+from infctx.model.time_mix import FinchTimeMix, TimeMix
+from infctx_kernels.linear import linear
+from infctx_kernels.wkv6.op import LARGEST_RAW_DECAY
+
+Product = Callable[[Tensor], Tensor]
+# The normalised input and its way to the token before, both [B, C] -> the inputs of receptance, key, value and gate
+# [B, C], and the decay, of the state's dtype, [B, A] or [1, A].
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Layer:
+    """A block's tensors and products, looked up once."""
+
+    time_norm: Product
+    mix: Mix
+    receptance: Product
+    key: Product
+    value: Product
+    gate: Product
+    output: Product
+    bonus: Tensor  # [H, N], of the state's dtype
+    group_norm: Product
+    channel_norm: Product
+    channel_weights: Tensor  # [2, 1, C]
+    channel_key: Product
+    channel_receptance: Product
+    channel_value: Product
+
+
+class SingleTokenStep:
+    """The model at one token a row. It shares the model's weights: those that are added or changed later are not seen.
+
+    Args:
+        model: whose matrices may be quantised, or have adapters.
+    """
+
+    def __init__(self, model: Finch) -> None:
+        self._dtype = model.compute_dtype or model.embedding.weight.dtype
+        self._embedding = model.embedding.weight.detach()
+        self._input_norm = _norm(model.input_norm, self._dtype)
+        self._output_norm = _norm(model.output_norm, self._dtype)
+        self._head = _product(model.head)
+        with torch.inference_mode():
+            self._layers = [_layer(block, self._dtype, model.state_dtype) for block in model.blocks]
+
+    @torch.inference_mode()
+    def advance_(self, tokens: Int[Tensor, " B"], state: ModelState) -> Float[Tensor, "B V"]:
+        """Give the logits after one more token of each row; the state becomes the one behind it.
+
+        Args:
+            tokens: int64 ids on the model's device.
+            state: of B rows; changed.
+        """
+        x = self._input_norm(F.embedding(tokens, self._embedding).to(self._dtype))  # [B, C]
+        for layer, wkv, att_shift, ffn_shift in zip(self._layers, *(part.unbind(0) for part in state), strict=True):
+            x = x + _time_mix_(layer, layer.time_norm(x), wkv, att_shift)
+            x = x + _channel_mix_(layer, layer.channel_norm(x), ffn_shift)
+        return self._head(self._output_norm(x))
+
+
+def _time_mix_(layer: _Layer, hidden: Tensor, wkv: Tensor, shift: Tensor) -> Tensor:
+    """The time mix of one token; wkv [B, H, N, N] and shift [B, C] become those behind it."""
+    rows, heads, size, _ = wkv.shape
+    towards = shift.to(hidden.dtype) - hidden
+    shift.copy_(hidden)
+    receptance_input, key_input, value_input, gate_input, decay = layer.mix(hidden, towards)
+    receptance = layer.receptance(receptance_input).to(wkv.dtype).view(rows, heads, 1, size)
+    key = layer.key(key_input).to(wkv.dtype).view(rows, heads, size, 1)
+    value = layer.value(value_input).to(wkv.dtype).view(rows, heads, 1, size)
+    gate = layer.gate(gate_input)
+    # What is read is the state before this token, and the token itself with the bonus: r·S + (r · (u ∘ k)) v.
+    own = torch.matmul(receptance * layer.bonus[:, None], key)
+    output = torch.addcmul(torch.matmul(receptance, wkv), own, value)
+    wkv.mul_(decay.view(-1, heads, size, 1)).addcmul_(key, value)
+    normed = layer.group_norm(output.view(rows, -1)).to(gate.dtype)
+    return layer.output(normed * F.silu(gate))
+
+
+def _channel_mix_(layer: _Layer, hidden: Tensor, shift: Tensor) -> Tensor:
+    """The channel mix of one token; shift [B, C] becomes that behind it."""
+    towards = shift.to(hidden.dtype) - hidden
+    shift.copy_(hidden)
+    key_input, receptance_input = torch.addcmul(hidden, towards, layer.channel_weights).unbind(0)
+    value = layer.channel_value(F.relu(layer.channel_key(key_input)).square())
+    return torch.sigmoid(layer.channel_receptance(receptance_input)) * value
+
+
+def _layer(block: Block, dtype: torch.dtype, work: torch.dtype) -> _Layer:
+    time_mix, channel_mix = block.time_mix, block.channel_mix
+    assert time_mix.time_group is None, "text is generated by one rank"
+    norm = time_mix.group_norm
+    make_mix = _finch_mix if isinstance(time_mix, FinchTimeMix) else _eagle_mix
+    return _Layer(
+        time_norm=_norm(block.time_mix_norm, dtype),
+        mix=make_mix(time_mix, dtype, work),
+        receptance=_product(time_mix.receptance),
+        key=_product(time_mix.key),
+        value=_product(time_mix.value),
+        gate=_product(time_mix.gate),
+        output=_product(time_mix.output),
+        bonus=time_mix.bonus.to(work),
+        group_norm=partial(
+            F.group_norm,
+            num_groups=norm.num_groups,
+            weight=norm.weight.detach().to(work),
+            bias=norm.bias.detach().to(work),
+            eps=norm.eps,
+        ),
+        channel_norm=_norm(block.channel_mix_norm, dtype),
+        channel_weights=channel_mix.mix_weights().to(dtype)[:, None],
+        channel_key=_product(channel_mix.key),
+        channel_receptance=_product(channel_mix.receptance),
+        channel_value=_product(channel_mix.value),
+    )
+
+
+def _finch_mix(time_mix: FinchTimeMix, dtype: torch.dtype, work: torch.dtype) -> Mix:
+    lerp_input, lerp_down, lerp_up = (
+        part.detach().to(dtype) for part in (time_mix.lerp_input, time_mix.lerp_down, time_mix.lerp_up)
+    )
+    static = torch.stack([getattr(time_mix, f"lerp_{name}") for name in time_mix.MIX_ORDER]).to(dtype)[:, None]
+    decay_down, decay_up = time_mix.decay_down.detach().to(dtype), time_mix.decay_up.detach().to(dtype)
+    decay_base = time_mix.decay_base.detach().to(work)
+
+    def mix(hidden: Tensor, towards: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        first = torch.addcmul(hidden, towards, lerp_input)
+        low = torch.tanh(first @ lerp_down).view(hidden.shape[0], 5, -1).transpose(0, 1)  # [5, B, D]
+        amounts = torch.baddbmm(static, low, lerp_up)  # [5, B, C]
+        decay_input, key, value, receptance, gate = torch.addcmul(hidden, towards, amounts).unbind(0)
+        raw_decay = decay_base + (torch.tanh(decay_input @ decay_down) @ decay_up).to(work)
+        return receptance, key, value, gate, _decay(raw_decay)
+
+    return mix
+
+
+def _eagle_mix(time_mix: TimeMix, dtype: torch.dtype, work: torch.dtype) -> Mix:
+    # Eagle's weights are those of the token itself.
+    names = ("receptance", "key", "value", "gate")
+    weights = (1.0 - torch.stack([getattr(time_mix, f"mix_{name}") for name in names])).to(dtype)[:, None]
+    decay = _decay(time_mix.decay_base.detach().to(work).reshape(1, -1))
+
+    def mix(hidden: Tensor, towards: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        receptance, key, value, gate = torch.addcmul(hidden, towards, weights).unbind(0)
+        return receptance, key, value, gate, decay
+
+    return mix
+
+
+def _decay(raw_decay: Tensor) -> Tensor:
+    return torch.exp(-torch.exp(raw_decay.clamp(max=LARGEST_RAW_DECAY)))
+
+
+def _norm(norm: nn.LayerNorm, dtype: torch.dtype) -> Product:
+    weight, bias = norm.weight.detach().to(dtype), norm.bias.detach().to(dtype)
+    return partial(F.layer_norm, normalized_shape=norm.normalized_shape, weight=weight, bias=bias, eps=norm.eps)
+
+
+def _product(layer: nn.Module) -> Product:
+    # A quantised matrix, or one with an adapter, knows its own product.
+    return partial(linear, weight=layer.weight.detach()) if type(layer) is Linear else layer
