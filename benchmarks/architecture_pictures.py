@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tomllib
 from pathlib import Path
 
@@ -74,16 +75,15 @@ def _lines(names: list[str]) -> list[list[str]]:
     most = max(1, int((WIDTH - 2 * MARGIN + GAP) // (longest + GAP)))
     num_lines = -(-len(names) // most)
     borders = [round(len(names) * line / num_lines) for line in range(num_lines + 1)]
-    return [names[first:end] for first, end in zip(borders, borders[1:], strict=False)]
+    return [names[first:end] for first, end in itertools.pairwise(borders)]
 
 
 def _room(name: str, *, left: float, top: float, width: float) -> str:
     middle, words = left + width / 2, WORDS.get(name)
-    text = (
-        f'<text x="{middle:.1f}" y="{top + (17 if words else 25):.1f}" text-anchor="middle" class="strong">{name}</text>'
-    )
+    at = f'x="{middle:.1f}" text-anchor="middle"'
+    text = f'<text {at} y="{top + (17 if words else 25):.1f}" class="strong">{name}</text>'
     if words:
-        text += f'<text x="{middle:.1f}" y="{top + 33:.1f}" text-anchor="middle" class="quiet">{words}</text>'
+        text += f'<text {at} y="{top + 33:.1f}" class="quiet">{words}</text>'
     box = f'<rect x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{ROOM_HEIGHT}" rx="5" class="room"/>'
     return box + text
 
@@ -111,7 +111,9 @@ def draw_step() -> str:
         parts.append(f'<text x="{x + wide / 2}" y="{second_y + 37}" text-anchor="middle">backward</text>')
         if number < chunks - 1:
             parts.append(_arrow(x + wide, first_y + 17, x + step, first_y + 17, "way", "head"))
-            parts.append(f'<text x="{x + wide + gap / 2}" y="{first_y + 8}" text-anchor="middle" class="quiet">S</text>')
+            parts.append(
+                f'<text x="{x + wide + gap / 2}" y="{first_y + 8}" text-anchor="middle" class="quiet">S</text>'
+            )
             parts.append(_arrow(x + step, second_y + 30, x + wide, second_y + 30, "back", "backhead"))
             text = f'<text x="{x + wide + gap / 2}" y="{second_y + 21}" text-anchor="middle" class="backtext">dS</text>'
             parts.append(text)

@@ -1,4 +1,4 @@
-"""The live view of a run as a picture: the view itself, told the numbers of a made-up run, on a terminal of 80 columns."""
+"""The live view of a run as a picture: the view itself, told made-up numbers, on a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -33,7 +33,13 @@ def draw_live_view() -> str:
 
     clock = Clock()
     terminal = Console(
-        file=io.StringIO(), record=True, width=COLUMNS, height=24, force_terminal=True, get_time=clock, legacy_windows=False
+        file=io.StringIO(),
+        record=True,
+        width=COLUMNS,
+        height=24,
+        force_terminal=True,
+        get_time=clock,
+        legacy_windows=False,
     )
     view = LiveProgress(terminal, clock=clock)
     view.start(500, [])

@@ -1,7 +1,7 @@
 """The pictures of README and docs, made from results, contracts and the live view itself.
 
-    python benchmarks/pictures.py              # writes docs/pictures/*.svg
-    python benchmarks/pictures.py --check      # exit code 1 where one is not what would be written
+python benchmarks/pictures.py              # writes docs/pictures/*.svg
+python benchmarks/pictures.py --check      # exit code 1 where one is not what would be written
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The documentation does what it says: commands run, recipes load, links lead somewhere, pictures are of the results.
 
-Blocks of `sh` in README.md and docs/ are executed, each page in a folder of its own with a small World model, documents,
-rows and conversations under the names that the pages use, unless a comment above says why not:
+Blocks of `sh` in README.md and docs/ are executed, each page in a folder of its own with a small World model,
+documents, rows and conversations under the names that the pages use, unless a comment above says why not:
 
     <!-- not run: needs a GPU -->
 
@@ -75,7 +75,7 @@ def by_name(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory, make_finch: Callable[..., Any]) -> Path:
-    """A folder with what the pages suppose: a model under the name of a released one, documents, rows, conversations."""
+    """A folder with what the pages suppose: a model named as a released one, documents, rows, conversations."""
     folder = tmp_path_factory.mktemp("docs") / "world"
     (folder / "models").mkdir(parents=True)
     model = make_finch(n_layer=2, n_embd=16, vocab_size=65_536, head_size=8, dim_ffn=32, decay_rank=4)
@@ -345,8 +345,7 @@ def test_files_named_in_the_pages_exist() -> None:
     missing = [
         (page, name)
         for page, name in found
-        if not any((above / name).exists() for above in (ROOT, ROOT / "infctx"))
-        and not fnmatch(name, "data/*.jsonl")
+        if not any((above / name).exists() for above in (ROOT, ROOT / "infctx")) and not fnmatch(name, "data/*.jsonl")
     ]
     assert missing == []
 
