@@ -40,6 +40,9 @@ WORDS = {
     "evaluation": "loss by position",
     "report": "report.html",
     "generation": "sampling, chat",
+    "token_trace": "infctx check --trace-token",
+    "html_page": "the style of pages",
+    "visible_text": "what cannot be seen, shown",
 }
 WIDTH, ROOM_HEIGHT, GAP, MARGIN = 900, 40, 8, 16
 CHARACTER, PADDING = 6.9, 18

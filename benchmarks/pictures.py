@@ -93,10 +93,10 @@ def draw_memory(found: dict[str, Any]) -> str:
             parts.append(f'<circle cx="{x(tokens):.1f}" cy="{y(peak):.1f}" r="4" fill="{colour}"/>')
         tokens, peak = points[name][-1]
         is_right = x(tokens) > left + width * 0.8
-        at = x(tokens) + (0 if is_right else 10)
+        at, lift = (x(tokens), -12) if is_right else (x(tokens) + 12, 5)
         anchor = "end" if is_right else "start"
         said = f"{label}: {peak:,} MB at {tokens:,}"
-        parts.append(f'<text x="{at:.1f}" y="{y(peak) - 12:.1f}" text-anchor="{anchor}">{escape(said)}</text>')
+        parts.append(f'<text x="{at:.1f}" y="{y(peak) + lift:.1f}" text-anchor="{anchor}">{escape(said)}</text>')
     title = "Peak memory against the length of a document: level in chunks, growing in one piece"
     return card("\n".join(parts), width=left + width + 40, height=top + height + 64, title=title)
 
