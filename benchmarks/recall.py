@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="reported; default: 0 1 2 3 4")
     parser.add_argument("--work", type=Path, default=Path("runs/recall_benchmark"), help="where runs are kept")
     parser.add_argument("--output", type=Path, default=results / "recall_cpu.json", help="figures, as JSON")
-    parser.add_argument("--picture", type=Path, default=results / "recall.svg", help="accuracy against distance")
+    parser.add_argument("--picture", type=Path, help="accuracy against distance; pictures.py makes that of the docs")
     parser.add_argument("--write-dataset", type=Path, metavar="FOLDER", help="write the data of recipes/recall.yaml")
     parser.add_argument("--accuracy", type=Path, metavar="RUN", help="accuracy of a run of recipes/recall.yaml")
     arguments = parser.parse_args()
@@ -191,7 +191,8 @@ def main() -> None:
         print(f"\n{name}, trained at {of_setting['setting']['borders']} chunk borders; % right, chance {CHANCE:.1%}\n")
         print("\n".join(table(of_setting["runs"])))
     arguments.output.write_text(json.dumps(found, indent=1) + "\n")
-    arguments.picture.write_text(draw(found))
+    if arguments.picture is not None:
+        arguments.picture.write_text(draw(found))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Every seed is a dot and their mean a mark: what is learned all at once or not at all has no meaningful spread.
 
-python benchmarks/recall_picture.py benchmarks/results/recall_cpu.json benchmarks/results/recall.svg
+python benchmarks/recall_picture.py benchmarks/results/recall_cpu.json recall.svg
 """
 
 from __future__ import annotations
