@@ -65,7 +65,7 @@ class ChunkObjective(nn.Module):
         With `sets`, the set of each target, a fifth follows: the part of each set in the sum, float64 [num_sets],
         through which no gradient flows.
         """
-        with _compute_dtype(self.model, wkv.device):
+        with in_compute_dtype(self.model, wkv.device):
             return self._forward(
                 tokens, targets, loss_weight, starts, ModelState(wkv, att_shift, ffn_shift), with_loss, sets, num_sets
             )
@@ -107,7 +107,7 @@ class ChunkObjective(nn.Module):
         return loss, *state, sum_by_set(token_losses, sets.flatten(), num_sets)
 
 
-def _compute_dtype(model: nn.Module, device: torch.device) -> AbstractContextManager[object]:
+def in_compute_dtype(model: nn.Module, device: torch.device) -> AbstractContextManager[object]:
     """Matrix products in bf16 where the model computes so, whatever its weights are stored in.
 
     Entered inside of what an engine wraps: DeepSpeed switches off what is entered outside.
