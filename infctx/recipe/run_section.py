@@ -93,6 +93,12 @@ class RunSection(Section):
         default=10, description="Steps in a row that may be left out for an infinite or NaN gradient before it stops."
     )
 
+    report: bool = Field(
+        default=True,
+        description="Measure loss by position and samples before and after the run, for report.html; false: the report "
+        "without them.",
+    )
+
     @model_validator(mode="after")
     def _keys_agree(self) -> Self:
         problems = []

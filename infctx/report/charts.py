@@ -90,7 +90,8 @@ def _beyond(chart: Chart) -> Iterator[str]:
 
 def _legend(lines: Sequence[Line]) -> str:
     items = "".join(
-        f'<li><svg class="sample" viewBox="0 0 34 10" aria-hidden="true"><path class="{_kind(line)}" d="M1 5H33"/></svg>'
+        f'<li><svg class="sample" viewBox="0 0 34 10" aria-hidden="true">'
+        f'<path class="{_kind(line)}" d="M1 5H33"/></svg>'
         f"<bdi>{escaped(line.name)}</bdi>"
         + (f' <span class="quiet">{escaped(line.told)}</span>' if line.told else "")
         + "</li>"
@@ -161,7 +162,8 @@ def _band(chart: Chart, line: Line) -> str:
 
 def _marks(chart: Chart, line: Line) -> str:
     return "".join(
-        f'<path class="mark c{line.style}" d="M{_x(chart.x_axis, x)} {_y(chart.y_axis, y)}h0"><title>{escaped(told)}</title></path>\n'
+        f'<path class="mark c{line.style}" d="M{_x(chart.x_axis, x)} {_y(chart.y_axis, y)}h0">'
+        f"<title>{escaped(told)}</title></path>\n"
         for x, y, told in zip(line.xs, line.ys, line.marks, strict=False)
         if y is not None
     )

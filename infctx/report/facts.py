@@ -86,7 +86,9 @@ def read_facts(folder: Path, *, state: State | None = None) -> RunFacts:
         RecipeError: its recipe is of another infctx.
     """
     if not (folder / RECIPE_FILE).is_file():
-        raise CheckpointError(f"{folder}: expected a run folder, found no {RECIPE_FILE} in it. Give the folder of a run.")
+        raise CheckpointError(
+            f"{folder}: expected a run folder, found no {RECIPE_FILE} in it. Give the folder of a run."
+        )
     result = _read_json(folder / "result.json")
     if state is None:
         state = "under way" if is_in_use(folder) else "finished" if result is not None else "stopped"

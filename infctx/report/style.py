@@ -2,8 +2,8 @@
 
 STYLE = """
 :root {
-  --c0: #1d5fbf; --c1: #b04a00; --c2: #0a7a3d; --c3: #86128a; --c4: #59626e; --c5: #a3123f; --c6: #00707a; --c7: #6b5200;
-  --good: #0a6b35; --bad: #b3261e; --link: #1d5fbf; --card: #f5f7f9;
+  --c0: #1d5fbf; --c1: #b04a00; --c2: #0a7a3d; --c3: #86128a; --c4: #59626e; --c5: #a3123f; --c6: #00707a;
+  --c7: #6b5200; --good: #0a6b35; --bad: #b3261e; --link: #1d5fbf; --card: #f5f7f9;
 }
 @media (prefers-color-scheme: dark) {
   :root {
@@ -23,7 +23,8 @@ a:focus-visible, summary:focus-visible, pre:focus-visible, .wide:focus-visible {
 .state { display: inline-block; border: 1px solid currentColor; border-radius: 1rem; padding: .05rem .7rem;
   font-size: .85rem; font-weight: 600; margin-inline-end: .5rem; }
 .state.finished { color: var(--good); }
-nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; padding: 0; margin: 1rem 0 0; font-size: .9rem; }
+nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; padding: 0; margin: 1rem 0 0;
+  font-size: .9rem; }
 nav a { display: inline-block; padding: .15rem 0; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .8rem; margin: 1.5rem 0 0;
   padding: 0; }
@@ -51,7 +52,8 @@ section > p, .note { max-width: 46rem; }
 .frame { display: grid; grid-template-columns: 3.2rem minmax(0, 1fr); grid-template-rows: 16rem 1.5rem; }
 .charts .frame { grid-template-rows: 10rem 1.5rem; }
 .plot { width: 100%; height: 100%; display: block; border-inline-start: 1px solid var(--line); overflow: visible; }
-.plot path, .sample path { fill: none; vector-effect: non-scaling-stroke; stroke-linecap: round; stroke-linejoin: round; }
+.plot path, .sample path { fill: none; vector-effect: non-scaling-stroke; stroke-linecap: round;
+  stroke-linejoin: round; }
 .plot .grid { stroke: var(--line); stroke-width: 1; }
 .line { stroke-width: 2; }
 .plot .faint { stroke-width: 1; opacity: .55; }
