@@ -20,6 +20,7 @@ from infctx.cli_adapter import adapter_app
 from infctx.cli_export import convert, export
 from infctx.cli_output import LARGEST_SEED, AsJson, answer, leave, say, shown
 from infctx.cli_plan import plan
+from infctx.cli_report import report
 from infctx.cli_surgery import model_app
 from infctx.errors import CheckpointError, InfctxError, MachineError, machine_fault
 from infctx.exit_codes import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_MACHINE, EXIT_STOPPED, EXIT_USER
@@ -165,6 +166,7 @@ def data(
 
 
 app.command(epilog="Example: infctx plan recipes/finch_1b6_lora_exact.yaml --shape 1.6b --device-memory 24GB")(plan)
+app.command(epilog="Example: infctx report runs/quickstart")(report)
 app.command(epilog="Example: infctx export runs/quickstart --output finch-mine.pth")(export)
 model_app.command("convert", epilog="Example: infctx model convert model.pth --format hf --output model-hf")(convert)
 

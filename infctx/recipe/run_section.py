@@ -95,8 +95,8 @@ class RunSection(Section):
 
     report: bool = Field(
         default=True,
-        description="Measure loss by position and samples before and after the run, for report.html; false: the report "
-        "without them.",
+        description="Write report.html, with loss by position and samples from before and after the run; false: "
+        "neither measure nor write.",
     )
 
     @model_validator(mode="after")

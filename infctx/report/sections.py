@@ -70,7 +70,7 @@ def _missing(facts: RunFacts) -> str:
 
 def _why_not(facts: RunFacts) -> list[str]:
     if not facts.recipe.run.report:
-        return ["Nothing was measured before and after the run: run.report is false."]
+        return ["Nothing was measured before and after the run, for run.report is false."]
     reasons = [reason for side in (facts.before, facts.after) if side is not None for reason in side["problems"]]
     if facts.before is None:
         reasons.append("Nothing was measured before the run.")
