@@ -27,11 +27,14 @@ class Axis:
         return min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
 
 
-def value_axis(values: Sequence[float], *, from_zero: bool = False) -> Axis:
+def value_axis(
+    values: Sequence[float], *, from_zero: bool = False, counted: Sequence[float | None] | None = None
+) -> Axis:
     """An axis for these values; a few that lie far above all others are left beyond its end and counted.
 
     Args:
         values: finite. from_zero: begin at 0.
+        counted: what is counted beyond the end, where the values stand for more or are there twice; None = they.
     """
     if not values:
         values = (0.0, 1.0)
@@ -47,7 +50,7 @@ def value_axis(values: Sequence[float], *, from_zero: bool = False) -> Axis:
         low, top = low - (0.0 if from_zero else margin), low + margin
     step = _step(top - low)
     low, high = math.floor(low / step + 1e-9) * step, math.ceil(top / step - 1e-9) * step
-    beyond = [value for value in ordered if value > high]
+    beyond = sorted(value for value in (values if counted is None else counted) if value is not None and value > high)
     return Axis(
         low=low,
         high=high,
@@ -93,8 +96,9 @@ def _ticks(low: float, high: float, step: float) -> tuple[tuple[float, str], ...
 
 def _tick_text(value: float, step: float) -> str:
     largest = max(abs(value), step)
-    if largest >= 1e7 or step < 1e-4:
-        return "0" if abs(value) < step / 2 else f"{value:.3g}"
+    if largest >= 1e7 or largest < 1e-2:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return "0" if abs(value) < step / 2 else f"{float(mantissa):g}e{int(exponent)}"
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     # 2.5 has a digit more than its power of ten.
     if round(step, decimals) != round(step, decimals + 1):

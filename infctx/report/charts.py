@@ -15,6 +15,7 @@ from infctx.report.axes import Axis
 WIDTH, HEIGHT = 1000, 400
 # Colours and dashes of the style sheet.
 NUM_STYLES = 8
+LAST_SHARE = 0.97
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,7 +181,10 @@ def _place_ticks(axis: Axis) -> str:
     spans = []
     for number, (value, text) in enumerate(axis.ticks):
         # On a narrow screen every second one is left out, on a very full axis on every screen.
-        kind = "" if number % 4 == 0 else ' class="second"' if number % 2 == 0 else ' class="first"'
+        kinds = ["second" if number % 2 == 0 else "first"] if number % 4 else []
+        # What stands at the end of the axis stays inside of the chart.
+        kinds += ["last"] if axis.share(value) > LAST_SHARE else []
+        kind = f' class="{" ".join(kinds)}"' if kinds else ""
         spans.append(f'<span{kind} style="left:{100 * axis.share(value):.4g}%">{escaped(text)}</span>')
     crowded = " crowded" if len(axis.ticks) > 9 else ""
     return f'<div class="places{crowded}" aria-hidden="true">{"".join(spans)}</div>\n'

@@ -15,6 +15,8 @@ from infctx.report.run_charts import loss_chart, set_charts, small_charts
 from infctx.report.use import check_command, commands, gradient_as_run, gradient_in_words
 
 MOST_REASONS = 12
+# White space at the end of a text.
+WORTH_COUNTING = 8
 # Beside headlines, where a run says what it is.
 HEADLINE_NAMES = ("folder", "gradient")
 
@@ -86,9 +88,9 @@ def samples(facts: RunFacts) -> str:
     before, after = ((side or {}).get("samples") or [] for side in (facts.before, facts.after))
     if not before and not after:
         return section("samples", "Samples", "<p>No samples were taken.</p>\n")
-    later = {one["origin"]: one for one in after}
+    later = {one["place"]: one for one in after}
     shown = "".join(
-        _sample(one, before=one if before else None, after=later.get(one["origin"])) for one in before or after
+        _sample(one, before=one if before else None, after=later.get(one["place"])) for one in before or after
     )
     told = (
         "The model continues the beginnings of held-out documents, always with its most probable token. So little text "
@@ -109,7 +111,16 @@ def _sample(one: Record, *, before: Record | None, after: Record | None) -> str:
 
 
 def _text_box(text: str) -> str:
-    return f'<pre dir="auto">{escaped(text)}</pre>\n' if text else '<p class="quiet">It ends here.</p>\n'
+    """A text in a box; what cannot be seen at its end is counted."""
+    if not text:
+        return '<p class="quiet">It ends here.</p>\n'
+    seen = text.rstrip()
+    num_unseen = len(text) - len(seen)
+    box = f'<pre dir="auto">{escaped(seen)}</pre>\n' if seen else ""
+    if num_unseen < WORTH_COUNTING and seen:
+        return box
+    told = f"{'Then' if seen else 'Only'} white space: {num_unseen:,} character{'' if num_unseen == 1 else 's'}."
+    return f'{box}<p class="quiet">{told}</p>\n'
 
 
 def tokens(facts: RunFacts) -> str:
@@ -127,9 +138,10 @@ def tokens(facts: RunFacts) -> str:
     )
     held_out = ledger.get("held_out", {})
     told = [
-        f"{ledger.get('documents', 0):,} documents with {whole:,} tokens. Trained: predicted, with a weight above 0. "
-        "Masked: read, not trained. Dropped: not read.",
-        f"Held out besides: {held_out.get('tokens', 0):,} tokens of {held_out.get('documents', 0):,} documents.",
+        f"{_counted(ledger.get('documents', 0), 'document')} with {whole:,} tokens. Trained: predicted, with a "
+        "weight above 0. Masked: read, not trained. Dropped: not read.",
+        f"Held out besides: {held_out.get('tokens', 0):,} tokens of "
+        f"{_counted(held_out.get('documents', 0), 'document')}.",
     ]
     if facts.steps:
         read = facts.steps[-1].get("tokens") or 0
@@ -137,6 +149,10 @@ def tokens(facts: RunFacts) -> str:
         told.append(f"The run read {read:,} tokens, {read / max(1, kept):.2f} times what is there.")
     bar = f'<div class="parts" role="img" aria-label="{words}">{bars}</div>\n<p class="quiet">{keys}</p>\n'
     return section("tokens", "Tokens", bar + _sentences(told) + _token_tables(ledger))
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _token_tables(ledger: Record) -> str:
@@ -197,12 +213,18 @@ def _chosen(recipe: Recipe) -> list[tuple[str, object]]:
         (f"{name}.{key}", value)
         for name, part in mapping.items()
         for key, value in part.items()
-        if value != defaults[name][key].get_default(call_default_factory=True)
+        if value != _plain(defaults[name][key].get_default(call_default_factory=True))
     ]
 
 
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _value(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def versions(facts: RunFacts) -> str:

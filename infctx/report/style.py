@@ -26,7 +26,7 @@ a:focus-visible, summary:focus-visible, pre:focus-visible, .wide:focus-visible {
 nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; padding: 0; margin: 1rem 0 0;
   font-size: .9rem; }
 nav a { display: inline-block; padding: .15rem 0; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .8rem; margin: 1.5rem 0 0;
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: .8rem; margin: 1.5rem 0 0;
   padding: 0; }
 .figures > div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; }
 .figures dt { color: var(--quiet); font-size: .85rem; }
@@ -64,6 +64,7 @@ section > p, .note { max-width: 46rem; }
 .values span { position: absolute; right: .5rem; transform: translateY(-50%); }
 .places { position: relative; grid-column: 2; }
 .places span { position: absolute; top: .25rem; transform: translateX(-50%); white-space: nowrap; }
+.places .last { transform: translateX(-85%); }
 .values, .places { color: var(--quiet); font-size: .78rem; font-variant-numeric: tabular-nums; }
 .c0 { stroke: var(--c0); } .c1 { stroke: var(--c1); } .c2 { stroke: var(--c2); } .c3 { stroke: var(--c3); }
 .c4 { stroke: var(--c4); } .c5 { stroke: var(--c5); } .c6 { stroke: var(--c6); } .c7 { stroke: var(--c7); }

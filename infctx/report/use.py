@@ -67,7 +67,8 @@ def gradient_as_run(facts: RunFacts) -> list[str]:
     told = []
     chunks = [value for record in facts.steps if (value := finite(record.get("chunks"))) is not None]
     if chunks:
-        told.append(f"The longest step of this run had {max(chunks):,.0f} chunks.")
+        chunks_of = "1 chunk" if max(chunks) == 1 else f"{max(chunks):,.0f} chunks"
+        told.append(f"The longest step of this run had {chunks_of}.")
     lengths = {int(value) for record in facts.steps if (value := finite(record.get("chunk_tokens"))) is not None}
     shorter = sorted(length for length in lengths if length < facts.recipe.bptt.chunk_tokens)
     if shorter:
@@ -76,7 +77,7 @@ def gradient_as_run(facts: RunFacts) -> list[str]:
             "the gradient is the same."
         )
     differences = [value for record in facts.steps if (value := finite(record.get("recompute_difference"))) is not None]
-    if differences:
+    if differences and max(differences) > 0:
         told.append(
             f"States that were computed twice differed by {max(differences):.1e} at most, relative to the largest."
         )
