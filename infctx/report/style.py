@@ -61,7 +61,7 @@ section > p, .note { max-width: 46rem; }
 .plot .band { stroke: none; opacity: .2; }
 .plot .mark { stroke-width: 8; stroke-dasharray: none; }
 .values { position: relative; grid-row: 1; }
-.values span { position: absolute; right: .5rem; transform: translateY(-50%); }
+.values span { position: absolute; right: .5rem; transform: translateY(-50%); white-space: nowrap; }
 .places { position: relative; grid-column: 2; }
 .places span { position: absolute; top: .25rem; transform: translateX(-50%); white-space: nowrap; }
 .places .last { transform: translateX(-85%); }
@@ -78,6 +78,7 @@ summary { cursor: pointer; color: var(--link); font-size: .88rem; padding: .15re
 .sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: .8rem; }
 .sides h4, .sampled h4 { margin: .6rem 0 .2rem; font-size: .85rem; color: var(--quiet); }
 .sides > div { min-width: 0; }
+.sides p { font-size: .88rem; }
 pre { overflow-x: auto; }
 pre.command { border-inline-start: 4px solid var(--link); }
 code { font-family: ui-monospace, "Noto Sans Mono", monospace; font-size: .92em; overflow-wrap: anywhere; }
