@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -10,10 +9,8 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from browser import Browser, find_browser
-
 from infctx.report import write_report
+from tests.report.browser import Browser, find_browser
 
 LOWEST_CONTRAST = 4.5
 

@@ -1,0 +1,338 @@
+"""What a run measures for its report: right numbers, at a bounded price, and never at the price of the run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from infctx import run_report
+from infctx.assemble import run_recipe
+from infctx.data.document import Document
+from infctx.data.document_set import DocumentSet
+from infctx.data.tokenizer import BytesTokenizer
+from infctx.evaluation.by_position import measure_by_position
+from infctx.export.catalog import save_model
+from infctx.model.finch import Finch
+from infctx.recipe.load import load_recipe
+from infctx.recipe.schema import Recipe
+from infctx.run_measures import Chosen, choose_documents, continue_greedily, gain_beyond, reset_length, write_samples
+from infctx.trained import open_trained
+from infctx.training.progress import SilentProgress
+from infctx.training.signals import StopRequested, StopSignals
+
+MakeFinch = Callable[..., Finch]
+MakeRecipe = Callable[..., Recipe]
+
+
+def document(length: int, *, seed: int = 0, masked: int = 1, origin: str = "a.txt") -> Document:
+    tokens = np.random.default_rng(seed).integers(97, 123, length).astype(np.uint16)
+    weights = np.ones(length, np.float32)
+    weights[:masked] = 0
+    return Document(tokens=tokens, weights=weights, origin=origin)
+
+
+class Told(SilentProgress):
+    """Keeps what was said."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, make_finch: MakeFinch) -> MakeRecipe:
+    """Recipes over one small model and a few documents, each in a run folder of its own."""
+    model = make_finch("6", n_layer=2, n_embd=16, vocab_size=257, dim_ffn=24)
+    save_model(model, tmp_path / "base.safetensors", format="safetensors", dtype=torch.float32, tokenizer="bytes")
+    rows = [{"text": "The quick brown fox jumps over the lazy dog. " * (2 + n % 4)} for n in range(12)]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def build(folder: str, *overrides: str) -> Recipe:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(
+            f"""
+model: {{path: '{tmp_path}/base.safetensors'}}
+data: {{path: '{tmp_path}/docs.jsonl', validation: 0.3}}
+adapter: {{kind: lora, rank: 4, dropout: 0.2}}
+bptt: {{chunk_tokens: 32, window: 2}}
+optimizer: {{lr: 0.01}}
+run: {{folder: '{tmp_path / folder}', steps: 3, rows: 2, validate_every: 2}}
+"""
+        )
+        return load_recipe(file, overrides)
+
+    return build
+
+
+def stored(recipe: Recipe, name: str) -> dict[str, Any]:
+    return json.loads((Path(recipe.run.folder) / "report" / f"{name}.json").read_text())
+
+
+def weights_of(recipe: Recipe) -> dict[str, bytes]:
+    """Weights, optimizer, rows and random numbers of the newest checkpoint."""
+    checkpoints = Path(recipe.run.folder) / "checkpoints"
+    newest = checkpoints / (checkpoints / "latest").read_text().strip()
+    return {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("options", [(), ("run.precision=bf16", "optimizer.ema_decay=0.5")])
+def test_a_run_ends_in_the_same_bits_with_and_without(recipe: MakeRecipe, options: tuple[str, ...]) -> None:
+    with_one, without = recipe("with", *options), recipe("without", "run.report=false", *options)
+    for one in (with_one, without):
+        run_recipe(one, SilentProgress())
+    assert len(weights_of(with_one)) >= 4
+    assert weights_of(with_one) == weights_of(without)
+    assert (Path(with_one.run.folder) / "report.html").is_file()
+    assert stored(with_one, "after")["problems"] == []
+    assert not (Path(without.run.folder) / "report.html").exists()
+    assert not (Path(without.run.folder) / "report").exists()
+
+
+def test_what_is_measured_is_what_the_models_do(recipe: MakeRecipe, tmp_path: Path) -> None:
+    built = recipe("run")
+    result = run_recipe(built, SilentProgress())
+    before, after = stored(built, "before"), stored(built, "after")
+    # All held-out documents fit, so their mean is what the validation of the loop finds.
+    assert before["tokens"] == before["held_out_tokens"] <= 1000
+    assert before["carried"]["loss"] == pytest.approx(result["first_val_loss"], abs=1e-6)
+    assert after["carried"]["loss"] == pytest.approx(result["val_loss"], abs=1e-6)
+    assert (before["gain"], before["reset"]) == (None, None)
+    assert after["reset_tokens"] == 32
+    # Up to the first reset there is no difference, and beyond it there is.
+    pairs = list(zip(after["carried"]["positions"], after["reset"]["positions"], strict=True))
+    assert all(one["loss"] == pytest.approx(other["loss"], abs=1e-6) for one, other in pairs if one["to"] <= 32)
+    beyond = [(one["weight"], other["loss"] - one["loss"]) for one, other in pairs if one["from"] >= 32]
+    expected = sum(weight * gain for weight, gain in beyond) / sum(weight for weight, _ in beyond)
+    assert after["gain"]["gain"] == pytest.approx(expected, abs=1e-9)
+    assert abs(expected) > 1e-4
+    assert after["gain"]["interval"][0] <= expected <= after["gain"]["interval"][1]
+    # The sample after the run is that of the exported model, token by token over the whole text.
+    model = open_trained(built.run.folder).model
+    sample = after["samples"][0]
+    ids = list(sample["prompt"].encode())
+    for byte in sample["text"].encode()[:20]:
+        logits, _ = model(torch.tensor([ids]))
+        assert int(logits[0, -1, :257].argmax()) == byte
+        ids.append(byte)
+
+
+def test_the_average_is_measured_where_there_is_one(recipe: MakeRecipe) -> None:
+    built = recipe("run", "optimizer.ema_decay=0.9", "optimizer.lr=0.1", "adapter.dropout=0")
+    result = run_recipe(built, SilentProgress())
+    loss = stored(built, "after")["carried"]["loss"]
+    assert loss != pytest.approx(result["val_loss"], abs=1e-4)
+
+
+def test_a_stopped_run_has_a_report_and_measures_its_beginning_once(
+    recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [2]
+
+    def count(self: StopSignals) -> int:
+        left[0] -= 1
+        return 15 if left[0] == 0 else 0
+
+    built = recipe("run", "run.steps=4", "data.validation=0.3")
+    straight = recipe("straight", "run.steps=4")
+    run_recipe(straight, SilentProgress())
+    monkeypatch.setattr(StopSignals, "number", property(count))
+    left[0] = 12
+    with pytest.raises(StopRequested):
+        run_recipe(built, SilentProgress())
+    page = (Path(built.run.folder) / "report.html").read_text()
+    assert '<span class="state stopped">stopped</span>' in page
+    assert "measured at its end" in page
+    path = Path(built.run.folder) / "report" / "before.json"
+    first, when = path.read_bytes(), path.stat().st_mtime_ns
+    run_recipe(built, SilentProgress())
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == (first, when)
+    assert '<span class="state finished">finished</span>' in (Path(built.run.folder) / "report.html").read_text()
+    assert weights_of(built) == weights_of(straight)
+
+
+def test_a_beginning_that_was_lost_is_measured_as_it_was(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = recipe("run")
+    run_recipe(built, SilentProgress())
+    folder = Path(built.run.folder)
+    first = stored(built, "before")
+    for name in ("report/before.json", "result.json"):
+        (folder / name).unlink()
+    weights = weights_of(built)
+    run_recipe(built, SilentProgress())
+    again = stored(built, "before")
+    assert {**first, "seconds": 0} == {**again, "seconds": 0}
+    assert weights_of(built) == weights
+
+
+@pytest.mark.parametrize(
+    "broken", ["measure_losses", "write_samples", "choose_documents", "write_report", "tokenizer_by_name"]
+)
+def test_what_fails_is_a_line_and_not_the_run(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise RuntimeError("no such luck\nsecond line")
+
+    monkeypatch.setattr(run_report, broken, fail)
+    built, told = recipe("run"), Told()
+    result = run_recipe(built, told)
+    assert result["steps"] == 3
+    lines = [line for line in told.messages if "the report goes without" in line]
+    assert lines == ["the report goes without a part: RuntimeError: no such luck"] * (
+        1 if broken == "write_report" else 2
+    )
+    page = Path(built.run.folder) / "report.html"
+    assert page.is_file() == (broken != "write_report")
+    if broken in ("measure_losses", "write_samples"):
+        assert "Something could not be measured: RuntimeError: no such luck" in page.read_text()
+        # The other part is there.
+        assert bool(stored(built, "after")["samples"]) == (broken == "measure_losses")
+        assert (stored(built, "after")["carried"] is not None) == (broken == "write_samples")
+
+
+def test_without_held_out_documents_nothing_is_measured(recipe: MakeRecipe) -> None:
+    built = recipe("run", "data.validation=null")
+    run_recipe(built, SilentProgress())
+    assert stored(built, "before")["carried"] is None
+    assert "set data.validation" in (Path(built.run.folder) / "report.html").read_text()
+
+
+def test_the_price_is_bounded(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three passes over held-out documents read 5 % of what the run reads; here 2 steps of 2 rows of 2 x 32 tokens."""
+    monkeypatch.setattr(run_report, "FEWEST_TOKENS", 4)
+    built = recipe("run", "run.steps=20", "run.validate_every=20")
+    run_recipe(built, SilentProgress())
+    read = 20 * 2 * 2 * 32
+    after = stored(built, "after")
+    assert 8 <= 3 * after["tokens"] <= 0.05 * read
+    assert after["is_cut"]
+    monkeypatch.setattr(run_report, "MOST_TOKENS", 20)
+    again = recipe("again", "run.steps=20", "run.validate_every=20")
+    run_recipe(again, SilentProgress())
+    assert stored(again, "after")["tokens"] <= 20
+
+
+def test_documents_are_chosen_for_reach_and_for_number() -> None:
+    documents = DocumentSet.of([document(length, seed=length) for length in (40, 5000, 300, 80, 900, 7, 400, 400)])
+    everything = choose_documents(documents, most_tokens=10_000)
+    assert sorted(everything.places) == list(range(8))
+    assert not everything.is_cut
+    some = choose_documents(documents, most_tokens=800)
+    assert some.num_tokens <= 800
+    assert some.is_cut
+    assert some.places[0] == 1
+    assert len(some.documents[0]) == 400
+    assert all(len(one) <= 100 for one in some.documents[1:])
+    assert len(some.documents) >= 4
+    assert choose_documents(documents, most_tokens=800).places == some.places
+    for place, one in zip(some.places, some.documents, strict=True):
+        assert (one.tokens == documents[place].tokens[: len(one)]).all()
+    alone = choose_documents(DocumentSet.of([document(5000)]), most_tokens=800)
+    assert alone.num_tokens == 800
+    # What would be cut before its first target is not read.
+    masked = DocumentSet.of([document(500, masked=450), document(100)])
+    assert choose_documents(masked, most_tokens=200).places == [1]
+
+
+def test_the_length_of_a_reset() -> None:
+    assert reset_length([document(10_000)], chunk_tokens=1000) == 512
+    assert reset_length([document(200), document(90)], chunk_tokens=1000) == 32
+    assert reset_length([document(63)], chunk_tokens=1000) is None
+    assert reset_length([document(10_000)], chunk_tokens=8) is None
+    assert reset_length([], chunk_tokens=8) is None
+
+
+def test_the_gain_by_hand(make_finch: MakeFinch) -> None:
+    """Against a pass over each piece on its own, in float64."""
+    model = make_finch(vocab_size=257, dtype=torch.float64)
+    documents = [document(150, seed=1), document(70, seed=2)]
+    carried, reset = (measure_by_position(model, documents, reset_tokens=every) for every in (None, 32))
+    found = gain_beyond(32, carried, reset)
+    assert found is not None
+    total = weight = 0.0
+    for one in documents:
+        tokens = torch.from_numpy(one.tokens.astype(np.int64))[None]
+        whole, _ = model(tokens)
+        pieces = torch.cat([model(tokens[:, begin : begin + 32])[0] for begin in range(0, len(one), 32)], dim=1)
+        targets = tokens[0, 1:]
+        losses = [F.cross_entropy(logits[0, :-1], targets, reduction="none") for logits in (whole, pieces)]
+        # A target has as many tokens before it as its place says.
+        difference = (losses[1] - losses[0])[31:]
+        total, weight = total + float(difference.sum()), weight + len(difference)
+    assert found["gain"] == pytest.approx(total / weight, abs=1e-12)
+    assert (found["documents"], found["tokens"]) == (2, weight)
+
+
+def test_prompts_side_by_side_are_continued_as_each_alone(make_finch: MakeFinch) -> None:
+    model = make_finch(vocab_size=300)
+    prompts = [document(length, seed=length).tokens for length in (3, 40, 17)]
+    with torch.no_grad():
+        together = continue_greedily(model, prompts, max_tokens=12, usable_ids=257)
+        alone = [continue_greedily(model, [prompt], max_tokens=12, usable_ids=257)[0] for prompt in prompts]
+    assert together == alone
+    ids = prompts[1].tolist()
+    for token in together[1]:
+        logits, _ = model(torch.tensor([ids]))
+        assert int(logits[0, -1, :257].argmax()) == token
+        ids.append(token)
+    assert max(max(row, default=0) for row in together) < 257
+
+
+def test_an_end_of_text_ends_its_row_only(make_finch: MakeFinch) -> None:
+    model = make_finch(vocab_size=50)
+    prompts = [document(length, seed=length).tokens - 90 for length in range(2, 12)]
+    with torch.no_grad():
+        # The end of text as likely as all others together.
+        model.head.weight[0] = model.head.weight.mean(dim=0) * 3
+        together = continue_greedily(model, prompts, max_tokens=30, usable_ids=50)
+        alone = [continue_greedily(model, [prompt], max_tokens=30, usable_ids=50)[0] for prompt in prompts]
+    assert together == alone
+    assert all(0 not in row for row in together)
+    assert len({len(row) for row in together}) > 1
+
+
+def test_a_prompt_is_what_is_not_trained_or_a_beginning_that_ends_with_a_word(make_finch: MakeFinch) -> None:
+    model, tokenizer = make_finch(vocab_size=257), BytesTokenizer()
+
+    def sample(text: str, masked: int = 1, repeat: int = 1) -> dict[str, Any]:
+        tokens = np.frombuffer(text.encode() * repeat, np.uint8).astype(np.uint16)
+        weights = np.ones(len(tokens), np.float32)
+        weights[:masked] = 0
+        one = Document(tokens=tokens, weights=weights, origin="/home/a/b.txt:3")
+        with torch.no_grad():
+            return write_samples(model, Chosen(documents=[one], places=[7], is_cut=False), tokenizer)[0]
+
+    asked = sample("User: hi\n\nAssistant: hello", masked=20)
+    assert (asked["prompt"], asked["document"], asked["is_cut"]) == ("User: hi\n\nAssistant:", " hello", False)
+    assert (asked["place"], asked["origin"]) == (7, "b.txt:3")
+    long = sample("word " * 300 + "answer", masked=1500)
+    assert len(long["prompt"]) == 512
+    assert (long["document"], long["is_cut"]) == ("answer", True)
+    plain = sample("some plain text here, ", repeat=30)
+    assert 80 <= len(plain["prompt"]) <= 160
+    assert plain["document"].startswith(" ")
+    assert not plain["prompt"].endswith(" ")
+    # A character of many bytes is not torn.
+    assert "\ufffd" not in sample("世界" * 100)["prompt"][:-1]
+
+
+def test_logits_that_are_not_finite_are_told(recipe: MakeRecipe, make_finch: MakeFinch, tmp_path: Path) -> None:
+    model = make_finch("6", n_layer=2, n_embd=16, vocab_size=257, dim_ffn=24)
+    with torch.no_grad():
+        model.head.weight[5] = math.nan
+    built = recipe("run")
+    save_model(model, tmp_path / "base.safetensors", format="safetensors", dtype=torch.float32, tokenizer="bytes")
+    told = Told()
+    run_recipe(built, told)
+    problems = stored(built, "before")["problems"]
+    assert len(problems) == 2
+    assert all("not finite" in problem for problem in problems)
+    assert (Path(built.run.folder) / "report.html").is_file()
