@@ -34,8 +34,6 @@ SHORTEST_RESET = 16
 SAMPLES = 3
 PROMPT_BYTES = 160
 MOST_PROMPT_TOKENS = 512
-SAMPLE_BYTES = 240
-SAMPLE_TOKENS = 60
 ORDER_SEED = 0
 
 
@@ -151,13 +149,20 @@ def as_it_is(model: Finch, device: torch.device) -> Iterator[None]:
 
 
 def write_samples(
-    model: Finch, chosen: Chosen, tokenizer: Tokenizer, *, should_stop: Callable[[], bool] = lambda: False
+    model: Finch,
+    chosen: Chosen,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
     """Continue the beginnings of some documents, always with the most probable token.
 
     Of a document that begins with text which is not trained, a question or an instruction, that is the beginning.
 
-    Args: should_stop: asked before every token; what there is by then is given.
+    Args:
+        max_tokens: of each text.
+        should_stop: asked before every token; what there is by then is given.
     Returns:
         Of each: place among the documents, origin, prompt, whether only its end is the prompt, the text, and how the
         document itself goes on.
@@ -169,9 +174,10 @@ def write_samples(
             prompts.append((place, document, length, max(0, length - MOST_PROMPT_TOKENS)))
     if not prompts:
         return []
-    most = min(SAMPLE_BYTES, SAMPLE_TOKENS * (1 if tokenizer.vocab_size > 257 else 2))
     ids = [document.tokens[first:length] for _, document, length, first in prompts]
-    written = continue_greedily(model, ids, max_tokens=most, usable_ids=tokenizer.vocab_size, should_stop=should_stop)
+    written = continue_greedily(
+        model, ids, max_tokens=max_tokens, usable_ids=tokenizer.vocab_size, should_stop=should_stop
+    )
     return [
         {
             "place": place,
@@ -179,7 +185,7 @@ def write_samples(
             "is_cut": first > 0,
             "prompt": text_of(document.tokens[first:length], tokenizer),
             "text": text_of(np.array(new, dtype=np.int64), tokenizer),
-            "document": text_of(document.tokens[length : length + most], tokenizer),
+            "document": text_of(document.tokens[length : length + max_tokens], tokenizer),
         }
         for (place, document, length, first), new in zip(prompts, written, strict=True)
     ]

@@ -35,6 +35,12 @@ SHARE_OF_RUN = 0.05
 PASSES = 3
 # As many as a validation reads in any case, where there are so few.
 FEWEST_TOKENS = 1_000
+# Of a sample; a text of bytes has twice as many.
+SAMPLE_TOKENS = 60
+FEWEST_SAMPLE_TOKENS = 8
+BYTE_IDS = 257
+# For so many tokens of the run, one of a sample.
+TOKENS_FOR_ONE = 500
 # Where one waits for it.
 WORTH_A_WORD = 20_000
 
@@ -131,7 +137,7 @@ class RunReport:
             found["problems"] = [problem]
             return found
         assert held_out is not None
-        chosen = choose_documents(held_out, most_tokens=self._most_tokens())
+        chosen = choose_documents(held_out, most_tokens=most_measured(self._planned_tokens))
         if chosen.num_tokens >= WORTH_A_WORD:
             self._run.progress.message(f"measuring {chosen.num_tokens:,} held-out tokens for the report")
         found |= {"documents": len(chosen.documents), "tokens": chosen.num_tokens, "is_cut": chosen.is_cut}
@@ -154,9 +160,6 @@ class RunReport:
             return "Loss by position and samples need held-out documents: set data.validation."
         return None
 
-    def _most_tokens(self) -> int:
-        return max(FEWEST_TOKENS, min(MOST_TOKENS, int(self._planned_tokens * SHARE_OF_RUN / PASSES)))
-
     def _add_losses(self, found: dict[str, Any], chosen: Chosen, *, with_reset: bool) -> None:
         reset_tokens = reset_length(chosen.documents, chunk_tokens=self._chunk_tokens)
         if with_reset and reset_tokens is None:
@@ -177,7 +180,10 @@ class RunReport:
 
     def _samples(self, chosen: Chosen, should_stop: Callable[[], bool]) -> list[dict[str, Any]]:
         tokenizer = tokenizer_by_name(self._data.tokenizer)
-        return write_samples(self._run.model, chosen, tokenizer, should_stop=should_stop)
+        most = SAMPLE_TOKENS * (1 if tokenizer.vocab_size > BYTE_IDS else 2)
+        # One token at a time takes as long as hundreds at once.
+        most = max(FEWEST_SAMPLE_TOKENS, min(most, int(self._planned_tokens) // TOKENS_FOR_ONE))
+        return write_samples(self._run.model, chosen, tokenizer, max_tokens=most, should_stop=should_stop)
 
     def _add(self, found: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
         """One part does not take the other with it."""
@@ -192,6 +198,11 @@ class RunReport:
         path.parent.mkdir(exist_ok=True)
         text = json.dumps(found, ensure_ascii=False, allow_nan=False) + "\n"
         write_file_atomically(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
+def most_measured(run_tokens: float) -> int:
+    """Held-out tokens of one pass. run_tokens: what the run reads in all."""
+    return max(FEWEST_TOKENS, min(MOST_TOKENS, int(run_tokens * SHARE_OF_RUN / PASSES)))
 
 
 def planned_tokens(recipe: Recipe, data: RunData, *, data_ranks: int) -> float:
