@@ -153,8 +153,8 @@ class RunReport:
         if self._engine_divides:
             return (
                 f"Loss by position and samples were left out: with run.strategy {self._run.strategy}"
-                f"{' and run.time_parallel' if self._run.engine.ranks.time_size > 1 else ''} no process holds the "
-                "whole model. infctx eval measures the result on one device."
+                f"{' and run.time_parallel' if self._run.engine.ranks.time_size > 1 else ''} no process can run the "
+                "model on its own. infctx eval measures the result on one device."
             )
         if not self._data.validation:
             return "Loss by position and samples need held-out documents: set data.validation."
