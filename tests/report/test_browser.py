@@ -83,7 +83,7 @@ def test_nothing_is_wider_than_the_screen(browser: Browser, page: Path, width: i
     # What is written beside the axes stands side by side and not on each other.
     crowded = browser.value("""[...document.querySelectorAll('.places')].filter(axis => {
       const boxes = [...axis.children].map(e => e.getBoundingClientRect()).filter(b => b.width);
-      return boxes.some((box, i) => i && box.left < boxes[i - 1].right + 2);
+      return boxes.some((box, i) => i && box.left < boxes[i - 1].right + 8);
     }).map(e => e.textContent)""")
     assert crowded == []
 

@@ -118,17 +118,16 @@ def test_what_is_measured_is_what_the_models_do(recipe: MakeRecipe, tmp_path: Pa
     assert after["gain"]["gain"] == pytest.approx(expected, abs=1e-9)
     assert abs(expected) > 1e-4
     assert after["gain"]["interval"][0] <= expected <= after["gain"]["interval"][1]
-    # The sample after the run is that of the exported model, token by token over the whole text.
-    model = open_trained(built.run.folder).model
-    sample = after["samples"][0]
-    ids = BytesTokenizer().encode(sample["prompt"]).tolist()
-    bytes_written = b""
-    for _ in range(8):
-        logits, _ = model(torch.tensor([ids]))
-        ids.append(int(logits[0, -1].argmax()))
-        bytes_written += BytesTokenizer().decode_bytes(ids[-1:])
-    assert sample["text"] == codecs.getincrementaldecoder("utf-8")("replace").decode(bytes_written)
-    assert stored(built, "before")["samples"][0]["text"] != sample["text"]
+    # The samples are those of the base and of the merged model, token by token over the whole text.
+    for path, measured in ((tmp_path / "base.safetensors", before), (built.run.folder, after)):
+        model, sample = open_trained(path).model, measured["samples"][0]
+        ids = BytesTokenizer().encode(sample["prompt"]).tolist()
+        written = b""
+        for _ in range(8):
+            logits, _ = model(torch.tensor([ids]))
+            ids.append(int(logits[0, -1].argmax()))
+            written += BytesTokenizer().decode_bytes(ids[-1:])
+        assert sample["text"] == codecs.getincrementaldecoder("utf-8")("replace").decode(written)
 
 
 def test_the_average_is_measured_where_there_is_one(recipe: MakeRecipe) -> None:
