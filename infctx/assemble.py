@@ -40,6 +40,7 @@ from infctx.run_folder import (
     from_anywhere,
     last_checkpoint,
 )
+from infctx.run_report import RunReport
 from infctx.spread import check_alone, check_spread, data_ranks, is_spread
 from infctx.token_trace import RunToTrace, Stop, trace_token, without_files
 from infctx.training.activation_memory import should_recompute
@@ -225,8 +226,15 @@ def _enter_folder(recipe: Recipe, parts: _Parts, folder: Path) -> dict[str, Any]
 def _run_in_folder(recipe: Recipe, parts: _Parts, progress: Progress, folder: Path) -> dict[str, Any]:
     ranks = parts.engine.ranks
     logged = LoggedProgress(progress, folder / LOG_FILE) if ranks.is_first else progress
+    run = _assemble(recipe, parts, logged)
+    divides = parts.engine.divides_weights or ranks.time_size > 1
+    report = RunReport(recipe, run, parts.data, engine_divides=divides, headline=run.headline)
+    report.before()
     try:
-        done = train(_assemble(recipe, parts, logged))
+        done = train(run)
+    except StopRequested:
+        report.write("stopped")
+        raise
     finally:
         remove_tree(_boundary_folder(folder, ranks))
     # Nobody else is inside of it any more.
@@ -236,6 +244,7 @@ def _run_in_folder(recipe: Recipe, parts: _Parts, progress: Progress, folder: Pa
     if ranks.is_first:
         remove_tree(folder / BOUNDARY_FOLDER)
         _write_json(folder / RESULT_FILE, result)
+    report.after()
     return {**result, "already_finished": False}
 
 

@@ -25,6 +25,7 @@ from infctx.cli_export import convert, export
 from infctx.cli_generate import generate
 from infctx.cli_output import AsJson, Left, answer, leave, say
 from infctx.cli_plan import plan
+from infctx.cli_report import report
 from infctx.cli_surgery import model_app
 from infctx.errors import InfctxError, MachineError, machine_fault
 from infctx.exit_codes import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_MACHINE, EXIT_STOPPED, EXIT_USER
@@ -128,6 +129,7 @@ app.command(epilog="Example: infctx check recipes/debug_cpu.yaml --trace-token 0
 app.command(epilog="Example: infctx doctor --distributed --processes 2")(doctor)
 app.command(epilog="Example: infctx plan recipes/finch_1b6_lora_exact.yaml --shape 1.6b --device-memory 24GB")(plan)
 app.command("eval", epilog=EVAL_EPILOG)(evaluate)
+app.command(epilog="Example: infctx report runs/quickstart")(report)
 app.command(epilog="Example: infctx export runs/quickstart --output finch-mine.pth")(export)
 app.command(epilog='Example: infctx generate runs/quickstart --prompt "The for statement" --max-tokens 100')(generate)
 app.command(epilog="Example: infctx chat runs/mine --temperature 0.8")(chat)

@@ -32,6 +32,7 @@ FREE_KEYS = (
     "run.keep_checkpoints",
     "run.num_nodes",
     "run.offload",
+    "run.report",
     "run.rows",
     "run.strategy",
     "run.time_parallel",

@@ -80,6 +80,20 @@ class RunLock:
             time.sleep(0.01)
 
 
+def is_in_use(folder: Path) -> bool:
+    """Whether a run seems to be at work in a folder, without taking its lock from anybody.
+
+    A holder on another machine counts as being there.
+    """
+    try:
+        words = (folder / ".lock").read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        return False
+    if len(words) != 4 or not words[1].isdecimal():
+        return False
+    return words[3] != socket.gethostname() or is_process_alive(int(words[1]))
+
+
 def is_process_alive(pid: int) -> bool:
     """Whether a process of this number exists on this machine."""
     try:

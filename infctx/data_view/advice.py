@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from infctx.data_view.excerpts import visible
+from infctx.visible_text import visible
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +10,11 @@ import numpy.typing as npt
 
 from infctx.data.document import Document
 from infctx.data.tokenizer import END_OF_TEXT, TokenIds, Tokenizer
+from infctx.visible_text import visible
 
 BEGIN_TOKENS = 400
 AROUND_BORDER_TOKENS = 60
 END_TOKENS = 20
-
-# Joiners carry no commands, and many scripts cannot be read without them.
-_JOINERS = "\u200c\u200d"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,22 +44,6 @@ class ShownDocument:
     num_tokens: int
     num_trained: int
     excerpts: tuple[Excerpt, ...]
-
-
-def visible(text: str) -> str:
-    """Replace what a terminal would obey, or a page would hide, by its sign or its number; newlines and tabs stay."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" else _sign(c) for c in text)
-
-
-def _sign(character: str) -> str:
-    if character in _JOINERS or unicodedata.category(character) == "Zs":
-        return character
-    number = ord(character)
-    if number < 0x20:
-        return chr(0x2400 + number)
-    return "\u2421" if number == 0x7F else f"<U+{number:04X}>"
 
 
 def show_document(document: Document, tokenizer: Tokenizer, *, set_name: str) -> ShownDocument:

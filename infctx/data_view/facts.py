@@ -13,11 +13,12 @@ import numpy as np
 from infctx.data.document_set import DocumentSet
 from infctx.data.sources.records import Rejection
 from infctx.data_view.advice import Advice
-from infctx.data_view.excerpts import ShownDocument, show_document, visible
+from infctx.data_view.excerpts import ShownDocument, show_document
 from infctx.data_view.first_step import StepFacts, measure_first_step
 from infctx.data_view.opened import DataToView
 from infctx.data_view.sets import LengthFacts, SetFacts, measure_lengths, measure_sets
 from infctx.data_view.warnings import find_warnings
+from infctx.visible_text import visible
 
 NAMED_PLACES = 3
 # What differs between two rejections of one kind.

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from infctx.data.order import DocumentOrder
 from infctx.data.tokenizer import END_OF_TEXT, Tokenizer
-from infctx.data_view.excerpts import bytes_of, visible
+from infctx.data_view.excerpts import bytes_of
+from infctx.visible_text import visible
 
 if TYPE_CHECKING:
     from infctx.data.chunking import ChunkSequence

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from html import escape
+from collections.abc import Callable
 from pathlib import Path
 
 import infctx
 from infctx.checkpoint.atomic import write_file_atomically
-from infctx.data_view.excerpts import Piece, ShownDocument, visible
+from infctx.data_view.excerpts import Piece, ShownDocument
 from infctx.data_view.facts import DataFacts
 from infctx.data_view.first_step import ShownRow, ShownToken, StepFacts
 from infctx.data_view.page_style import STYLE
@@ -25,6 +24,8 @@ from infctx.data_view.wording import (
     step_in_words,
 )
 from infctx.errors import InfctxError
+from infctx.html_page import cells, escaped, page_head, section, table
+from infctx.visible_text import visible
 
 # Of all documents together; with the tables the page then stays below a megabyte.
 DOCUMENT_BYTES = 600_000
@@ -34,19 +35,6 @@ SHOWN_WARNINGS = 100
 REASON_CHARACTERS = 400
 
 ShortPlace = Callable[[str], str]
-
-_HEAD = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-"""
 
 
 def check_page(path: Path, *, force: bool) -> None:
@@ -85,52 +73,35 @@ def render_page(facts: DataFacts, *, title: str, folder: Path) -> str:
         f"({visible(facts.tokenizer)}); held out {held_out['tokens']:,} tokens"
     )
     parts = [
-        _HEAD.format(title=f"Data of {_text(title)}", style=STYLE),
-        f'<header><h1>Data of <bdi>{_text(title)}</bdi></h1><p class="quiet">{_text(summary)}</p></header>\n<main>\n',
+        page_head(f"Data of {title}", style=STYLE),
+        f"<header><h1>Data of <bdi>{escaped(title)}</bdi></h1>"
+        f'<p class="quiet">{escaped(summary)}</p></header>\n<main>\n',
         _warnings(facts, short_place),
         _sets(facts),
         _lengths(facts),
         _ledger(facts, short_place),
         _documents(facts, short_place),
         _first_step(facts.first_step) if facts.first_step is not None else "",
-        f"</main>\n<footer>Made by infctx {_text(infctx.__version__)}.</footer>\n</body>\n</html>\n",
+        f"</main>\n<footer>Made by infctx {escaped(infctx.__version__)}.</footer>\n</body>\n</html>\n",
     ]
     return "".join(parts)
 
 
-def _text(text: str) -> str:
-    return escape(visible(text), quote=True)
-
-
-def _section(name: str, heading: str, content: str) -> str:
-    return f'<section id="{name}">\n<h2>{heading}</h2>\n{content}</section>\n'
-
-
-def _table(columns: Iterable[str], rows: Iterable[str]) -> str:
-    head = "".join(f'<th scope="col">{_text(column)}</th>' for column in columns)
-    body = "".join(f"<tr>{row}</tr>\n" for row in rows)
-    return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>\n'
-
-
-def _cells(texts: Iterable[str]) -> str:
-    return "".join(f"<td><bdi>{_text(text)}</bdi></td>" for text in texts)
-
-
 def _warnings(facts: DataFacts, short_place: ShortPlace) -> str:
     if not facts.warnings:
-        return _section("warnings", "Warnings", "<p>None.</p>\n")
+        return section("warnings", "Warnings", "<p>None.</p>\n")
     items = [
-        f"<li><strong>{_text(short_place(advice.seen))}</strong> {_text(advice.where(short_place))} "
-        f"{_text(advice.to_do)}</li>\n"
+        f"<li><strong>{escaped(short_place(advice.seen))}</strong> {escaped(advice.where(short_place))} "
+        f"{escaped(advice.to_do)}</li>\n"
         for advice in facts.warnings[:SHOWN_WARNINGS]
     ]
     if len(facts.warnings) > SHOWN_WARNINGS:
         items.append(f"<li>And {len(facts.warnings) - SHOWN_WARNINGS:,} more.</li>\n")
-    return _section("warnings", "Warnings", f'<ul class="warnings">\n{"".join(items)}</ul>\n')
+    return section("warnings", "Warnings", f'<ul class="warnings">\n{"".join(items)}</ul>\n')
 
 
 def _sets(facts: DataFacts) -> str:
-    return _section("sets", "Sets", _table(EPOCH_COLUMNS, (_cells(epoch_cells(one)) for one in facts.sets)))
+    return section("sets", "Sets", table(EPOCH_COLUMNS, (cells(epoch_cells(one)) for one in facts.sets)))
 
 
 def _lengths(facts: DataFacts) -> str:
@@ -147,12 +118,12 @@ def _lengths(facts: DataFacts) -> str:
     if len(facts.sets) > 1:
         named += [(one.name, one.lengths) for one in facts.sets]
     quantiles = [
-        f'{_cells((name, *length_cells(of_name)))}<td class="words">{sketch(of_name, lengths)}</td>'
+        f'{cells((name, *length_cells(of_name)))}<td class="words">{sketch(of_name, lengths)}</td>'
         for name, of_name in named
     ]
-    histogram = _table(("tokens", "", "documents", "of all tokens"), rows)
-    described = _table((*LENGTH_COLUMNS, ""), quantiles)
-    return _section("lengths", "Lengths in tokens", f"{histogram}<p></p>\n{described}")
+    histogram = table(("tokens", "", "documents", "of all tokens"), rows)
+    described = table((*LENGTH_COLUMNS, ""), quantiles)
+    return section("lengths", "Lengths in tokens", f"{histogram}<p></p>\n{described}")
 
 
 def _bar(share: float) -> str:
@@ -165,9 +136,9 @@ def _ledger(facts: DataFacts, short_place: ShortPlace) -> str:
     words = ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items())
     bars = "".join(f'<span class="{kind}" style="width:{100 * share:.3f}%"></span>' for kind, share in shares.items())
     keys = "".join(f'<span class="key {kind}"></span>{kind} {share:.1%} ' for kind, share in shares.items())
-    lines = "".join(f"<p>{_text(line)}</p>\n" for line in ledger_lines(facts.account))
+    lines = "".join(f"<p>{escaped(line)}</p>\n" for line in ledger_lines(facts.account))
     bar = f'<div class="parts" role="img" aria-label="{words}">{bars}</div>\n<p class="quiet">{keys}</p>\n'
-    return _section("ledger", "Ledger", bar + lines + (_rejected(facts, short_place) if facts.rejected else ""))
+    return section("ledger", "Ledger", bar + lines + (_rejected(facts, short_place) if facts.rejected else ""))
 
 
 def _rejected(facts: DataFacts, short_place: ShortPlace) -> str:
@@ -177,13 +148,13 @@ def _rejected(facts: DataFacts, short_place: ShortPlace) -> str:
         reason = _shortened(short_place(group.reason), REASON_CHARACTERS)
         more = ", …" if group.num_rows > len(group.places) else ""
         rows.append(
-            f'<td class="words">{_text(reason)}</td><td>{group.num_rows:,}</td>'
-            f'<td class="words"><bdi>{_text(_shortened(places, 3 * REASON_CHARACTERS) + more)}</bdi></td>'
+            f'<td class="words">{escaped(reason)}</td><td>{group.num_rows:,}</td>'
+            f'<td class="words"><bdi>{escaped(_shortened(places, 3 * REASON_CHARACTERS) + more)}</bdi></td>'
         )
-    table = _table(("rows left out because", "rows", "the first"), rows)
+    shown = table(("rows left out because", "rows", "the first"), rows)
     if len(facts.rejected) > SHOWN_REASONS:
-        table += f"<p>And rows with {len(facts.rejected) - SHOWN_REASONS:,} other reasons.</p>\n"
-    return table
+        shown += f"<p>And rows with {len(facts.rejected) - SHOWN_REASONS:,} other reasons.</p>\n"
+    return shown
 
 
 def _shortened(text: str, most: int) -> str:
@@ -210,7 +181,7 @@ def _documents(facts: DataFacts, short_place: ShortPlace) -> str:
             articles.append(f"<p>{len(documents) - len(articles):,} more documents are left out of this page.</p>\n")
             break
         articles.append(article)
-    return _section("documents", "Documents", _LEGEND + "".join(articles))
+    return section("documents", "Documents", _LEGEND + "".join(articles))
 
 
 def _document(document: ShownDocument, short_place: ShortPlace, *, is_set_named: bool) -> str:
@@ -226,7 +197,7 @@ def _document(document: ShownDocument, short_place: ShortPlace, *, is_set_named:
             left = max(0, left - len(piece.text))
         shown = excerpt.end
     return (
-        f'<h3><bdi>{_text(short_place(document.origin))}</bdi> <span class="quiet">{_text(counts)}</span></h3>\n'
+        f'<h3><bdi>{escaped(short_place(document.origin))}</bdi> <span class="quiet">{escaped(counts)}</span></h3>\n'
         f'<pre dir="auto">{"".join(pieces)}</pre>\n'
     )
 
@@ -235,7 +206,7 @@ def _piece(piece: Piece, most_characters: int) -> str:
     if piece.is_end:
         return f'<span class="{_kind(piece.weight)} end"{_tooltip(piece.weight)}>end</span>'
     text = _shortened(piece.text, most_characters)
-    return f'<span class="{_kind(piece.weight)}"{_tooltip(piece.weight)}>{_text(text)}</span>'
+    return f'<span class="{_kind(piece.weight)}"{_tooltip(piece.weight)}>{escaped(text)}</span>'
 
 
 def _kind(weight: float) -> str:
@@ -258,7 +229,7 @@ def _first_step(step: StepFacts) -> str:
         '<p class="quiet">The first tokens of each row with their ids. A document, and a fresh state, starts at '
         '<span class="start">a bar</span>; colours are those of the targets.</p>\n'
     )
-    return _section("first-step", "First step", f"<p>{_text(step_in_words(step))}</p>\n{explanation}{rows}")
+    return section("first-step", "First step", f"<p>{escaped(step_in_words(step))}</p>\n{explanation}{rows}")
 
 
 def _row(row: ShownRow) -> str:
@@ -273,6 +244,6 @@ def _row(row: ShownRow) -> str:
 
 def _token(token: ShownToken) -> str:
     start = " start" if token.is_start else ""
-    inner = '<span class="end">end</span>' if token.is_end else _text(token.text)
+    inner = '<span class="end">end</span>' if token.is_end else escaped(token.text)
     shown = f'<bdi class="{_kind(token.weight)}"{_tooltip(token.weight)}>{inner}</bdi>'
     return f'<span class="token{start}">{shown}<small>{token.id}</small></span>'

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from infctx.data_view.excerpts import Piece, ShownDocument, visible
+from infctx.data_view.excerpts import Piece, ShownDocument
 from infctx.data_view.facts import DataFacts
 from infctx.data_view.first_step import ShownRow, StepFacts
 from infctx.data_view.wording import (
@@ -24,6 +24,7 @@ from infctx.data_view.wording import (
     sketch,
     step_in_words,
 )
+from infctx.visible_text import visible
 
 PIPED_WIDTH = 120
 BAR_CELLS = 30

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from infctx.data_view.excerpts import ShownDocument, visible
+from infctx.data_view.excerpts import ShownDocument
 from infctx.data_view.first_step import StepFacts
 from infctx.data_view.sets import LengthFacts, SetFacts
+from infctx.visible_text import visible
 
 EPOCH_COLUMNS = ("set", "documents", "tokens", "trained", "masked", "of an epoch", "passes an epoch")
 LENGTH_COLUMNS = ("set", "shortest", "10 %", "median", "90 %", "longest", "mean")

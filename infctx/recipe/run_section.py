@@ -93,6 +93,12 @@ class RunSection(Section):
         default=10, description="Steps in a row that may be left out for an infinite or NaN gradient before it stops."
     )
 
+    report: bool = Field(
+        default=True,
+        description="Write report.html, with loss by position and samples from before and after the run; false: "
+        "neither measure nor write.",
+    )
+
     @model_validator(mode="after")
     def _keys_agree(self) -> Self:
         problems = []

@@ -54,7 +54,7 @@ def test_a_run_leaves_the_folder_that_was_promised(
     promised = {"recipe.yaml", "metrics.jsonl", "checkpoints", "ledger.json"} | ({"adapter"} if adapter else set())
     names = {path.name for path in folder.iterdir()}
     assert names >= promised
-    assert names - promised <= {".lock", "result.json", "report.html", "run.log"}
+    assert names - promised <= {".lock", "result.json", "report", "report.html", "run.log"}
 
     resolved = load_recipe(folder / "recipe.yaml")
     # What was left to the machine is filled in, so that a run goes on as it began.

@@ -8,7 +8,8 @@ import pytest
 
 from infctx.data.document import Document
 from infctx.data.tokenizer import tokenizer_by_name
-from infctx.data_view.excerpts import AROUND_BORDER_TOKENS, BEGIN_TOKENS, ShownDocument, show_document, visible
+from infctx.data_view.excerpts import AROUND_BORDER_TOKENS, BEGIN_TOKENS, ShownDocument, show_document
+from infctx.visible_text import visible
 
 BYTES = tokenizer_by_name("bytes")
 

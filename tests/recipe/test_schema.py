@@ -129,6 +129,7 @@ def test_defaults() -> None:
         "checkpoint_minutes": 30.0,
         "keep_checkpoints": 2,
         "max_nonfinite_steps": 10,
+        "report": True,
     }
 
 
