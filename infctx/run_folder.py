@@ -30,11 +30,13 @@ FREE_KEYS = (
     "run.devices",
     "run.hang_seconds",
     "run.keep_checkpoints",
+    "run.loggers",
     "run.num_nodes",
     "run.offload",
     "run.rows",
     "run.strategy",
     "run.time_parallel",
+    "run.wandb",
 )
 
 
