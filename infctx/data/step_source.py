@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from infctx.data.chunking import ChunkSequence, RowSlice, chunk_rows
 from infctx.data.document import Document

@@ -21,7 +21,11 @@ from infctx.training.set_losses import add_set_losses
 # What a token can be numbered with.
 MOST_NUMBERS = 255
 _ROW_OF_JSON_LINES = re.compile(r"(?P<file>.+\.(?:jsonl|ndjson)(?P<packed>\.gz|\.zst)?):(?P<line>\d+)(?: \[.*\])?")
-_READ = {None: "sed -n {line}p {file}", ".gz": "zcat {file} | sed -n {line}p", ".zst": "zstdcat {file} | sed -n {line}p"}
+_READ = {
+    None: "sed -n {line}p {file}",
+    ".gz": "zcat {file} | sed -n {line}p",
+    ".zst": "zstdcat {file} | sed -n {line}p",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,10 +88,12 @@ def worst_first(of_ranks: Sequence[Sequence[PartLoss]]) -> list[tuple[str, float
         if before is not None:
             part = replace(part, loss_sum=part.loss_sum + before.loss_sum, weight=part.weight + before.weight)
         parts[part.name] = part
-    means = [(origin, part.loss_sum / part.weight) for part in parts.values() if part.weight > 0 for origin in part.origins]
-    # NaN is worse than anything.
-    means.sort(key=lambda found: -found[1] if found[1] == found[1] else -np.inf)
-    return list(dict(reversed(means)).items())[::-1]
+    worst: dict[str, float] = {}
+    for part in parts.values():
+        for origin in part.origins if part.weight > 0 else ():
+            # A document may be in several groups.
+            worst[origin] = max(worst.get(origin, -np.inf), part.loss_sum / part.weight)
+    return sorted(worst.items(), key=lambda found: found[1], reverse=True)
 
 
 def show_command(origin: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -163,6 +164,7 @@ class WandbWriter:
         assert self._process.stdout is not None
         answer = json.loads(self._process.stdout.readline() or '{"problem": "its process ended without a word"}')
         if "problem" in answer:
+            self._end()
             raise RuntimeError(answer["problem"])
         self.told: str | None = f"wandb: {answer['where']}"
 
@@ -172,11 +174,16 @@ class WandbWriter:
 
     def close(self) -> None:
         """Let it come to its end; where the network is slow it goes on by itself."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        code = self._process.wait()
-        if code != 0:
+        if (code := self._end()) != 0:
             raise RuntimeError(f"its process ended with {code}")
+
+    def _end(self) -> int:
+        """Close its input and wait for it; its exit code."""
+        # What it has not read of its input is lost with it.
+        with contextlib.suppress(BrokenPipeError), self._process:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+        return self._process.wait()
 
     def _send(self, line: Mapping[str, object]) -> None:
         assert self._process.stdin is not None
@@ -184,4 +191,4 @@ class WandbWriter:
             self._process.stdin.write(json.dumps(line) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise RuntimeError(f"its process ended with {self._process.wait()}") from None
+            raise RuntimeError(f"its process ended with {self._end()}") from None

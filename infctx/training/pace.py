@@ -60,9 +60,7 @@ class Pace:
         plan: None: all that is known is the number of steps, which are taken as alike.
     """
 
-    def __init__(
-        self, clock: Callable[[], float], total_steps: int | None = None, plan: RunPlan | None = None
-    ) -> None:
+    def __init__(self, clock: Callable[[], float], total_steps: int | None = None, plan: RunPlan | None = None) -> None:
         self._clock, self._total_steps, self._plan = clock, total_steps, plan
         self._left = plan.left if plan is not None else None
         self._started = self._step_began = self._chunk_began = self._last_end = clock()
@@ -280,7 +278,11 @@ class _SweepTime:
         self._chunks = 0
 
     def add(self, seconds: float, tokens: int) -> None:
-        self._seconds, self._tokens, self._chunks = self._seconds + seconds, self._tokens + tokens, self._chunks + (tokens > 0)
+        self._seconds, self._tokens, self._chunks = (
+            self._seconds + seconds,
+            self._tokens + tokens,
+            self._chunks + (tokens > 0),
+        )
 
     @property
     def seconds_a_token(self) -> float | None:

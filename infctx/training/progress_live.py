@@ -35,7 +35,7 @@ _ASCII = str.maketrans({"━": "=", "╸": ">", "–": "-", "…": "."})
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A piece of a line; where there is no room, the one of the least importance goes first. name: in a quiet colour."""
+    """A piece of a line; where there is no room, the least important one goes first. name: in a quiet colour."""
 
     importance: int
     value: str
@@ -128,8 +128,8 @@ class LiveProgress:
         kept = fitting([*before, *([bar] if fraction is not None else []), *after], width)
         line = Text(no_wrap=True, overflow="ellipsis")
         free = width - sum(map(len, kept)) - len(GAP) * (len(kept) - 1) + LEAST_BAR
-        for number, field in enumerate(kept):
-            line.append(GAP if number else "")
+        for place, field in enumerate(kept):
+            line.append(GAP if place else "")
             if field is bar:
                 assert fraction is not None
                 filled = round(fraction * (2 * free))
@@ -148,8 +148,8 @@ class LiveProgress:
         if place is None or place.total.forward + place.total.backward <= place.chunk_tokens:
             return []
         return [
-            Field(9 - number, text, f"in step {place.step}:" if number == 0 else "")
-            for number, text in enumerate(place_parts(place))
+            Field(9 - index, text, f"in step {place.step}:" if index == 0 else "")
+            for index, text in enumerate(place_parts(place))
         ]
 
     def _loss_fields(self) -> list[Field]:
@@ -176,8 +176,8 @@ class LiveProgress:
 
 def _line(fields: Sequence[Field], width: int) -> Text:
     line = Text(no_wrap=True, overflow="ellipsis")
-    for number, field in enumerate(fields):
-        line.append(GAP if number else "")
+    for place, field in enumerate(fields):
+        line.append(GAP if place else "")
         _append(line, field)
     line.truncate(width, overflow="ellipsis")
     return line

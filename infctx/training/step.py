@@ -19,8 +19,8 @@ from infctx.training.set_losses import add_set_losses
 from infctx.training.step_place import StepPlace, WalkPlace, WindowsPlace, random_state, set_random_state
 
 BeforeChunk = Callable[[Callable[[], StepPlace], int, WalkPlace], None]
-"""Called before every chunk of either sweep with a function that tells the place, and with the group and where in it that
-is; what it raises leaves the step."""
+"""Called before every chunk of either sweep with a function that tells the place, and with the group and where in
+it that is; what it raises leaves the step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

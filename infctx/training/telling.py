@@ -1,4 +1,4 @@
-"""What a run tells people beside its numbers: what lies before it, what interrupts it, and what went wrong in a step."""
+"""What a run tells people beside its numbers: what lies before it, what interrupts it, what went wrong."""
 
 from __future__ import annotations
 

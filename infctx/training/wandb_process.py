@@ -30,7 +30,7 @@ def serve(lines: Iterable[str], answers: TextIO) -> None:
     print(json.dumps(answer), file=answers, flush=True)
     if "problem" in answer:
         return
-    # The step is an axis of their own instead of the package's, which takes none twice: a resumed run writes some again.
+    # An axis of our own instead of the package's, which takes no step twice: a resumed run writes some again.
     run.define_metric("step", hidden=True)
     run.define_metric("*", step_metric="step")
     for line in reader:

@@ -1,4 +1,4 @@
-"""How long a run will still take: a clock that is moved by hand, documents of every length, everything that takes time."""
+"""How long a run will still take: with a clock that is moved by hand, and documents of every length."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def etas(lengths: Sequence[int], machine: Machine, *, window: int | str, epochs:
 
 
 def worst_error(found: list[tuple[float, float]]) -> float:
-    """After a minute the largest error, beside the time that is really left; the last tenth of a run is not looked at."""
+    """After a minute, the largest error beside what is really left; the last tenth of a run is not looked at."""
     end = found[-1][0]
     errors = [abs(error) / (end - seconds) for seconds, error in found if 60 <= seconds <= 0.9 * end]
     assert len(errors) > 10

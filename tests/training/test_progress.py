@@ -134,7 +134,9 @@ def test_numbers_that_are_missing_are_a_dash(value: object) -> None:
     ]
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (80, "1:20"), (7280, "2:01:20"), (200_000, "2d 8h")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (80, "1:20"), (7280, "2:01:20"), (200_000, "2d 8h")]
+)
 def test_clock_text(seconds: float, text: str) -> None:
     assert clock_text(seconds) == text
 
