@@ -1,4 +1,4 @@
-"""Losses that leap: told from noise by the median and the spread of the steps before."""
+"""Losses that leap: told from noise by the level and the spread of the steps before."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import NamedTuple
 # Steps that are looked back on, and how many there have to be.
 RECENT_STEPS = 64
 WARM_UP_STEPS = 16
-# How many times the spread of the recent losses, scaled as a standard deviation, and at least this factor above them.
-DEVIATIONS = 8.0
-LEAST_FACTOR = 1.5
+# Of so many steps the median is what the next one is expected to be.
+LEVEL_STEPS = 9
+# How many times the spread of what earlier steps were off by, scaled as a standard deviation, and at least this factor.
+DEVIATIONS = 7.0
+LEAST_FACTOR = 2.0
 # Added to losses before their logarithm, in nats: below it, factors between losses mean nothing.
 NOTHING = 0.05
-# A median of absolute deviations is this part of a standard deviation where the deviations are normal.
-MEDIAN_OF_NORMAL = 0.6745
+# The spread is told by the deviation that so many do not exceed, for a few may be spikes themselves; beside it, the same
+# of a normal distribution, in standard deviations.
+QUANTILE, QUANTILE_OF_NORMAL = 0.9, 1.6449
 
 
 class UsualLoss(NamedTuple):
@@ -29,8 +32,9 @@ class UsualLoss(NamedTuple):
 def usual_loss(recent: Sequence[float]) -> UsualLoss | None:
     """What the loss of the next step is compared with; None while too few steps are known.
 
-    Logarithms are compared, since the noise of a loss grows with it. The median lags behind a falling loss, and a third
-    of the steps may be spikes themselves before it moves.
+    It is the median of the last few steps, and the threshold lies as far above it as hardly any of the steps before lay
+    from what was expected of them: so a loss may fall by orders of magnitude without hiding a spike. Logarithms are
+    compared, since the noise of a loss grows with it.
 
     Args:
         recent: losses of the last steps, the newest last, as `remember` keeps them.
@@ -38,10 +42,18 @@ def usual_loss(recent: Sequence[float]) -> UsualLoss | None:
     if len(recent) < WARM_UP_STEPS:
         return None
     logs = [_log(loss) for loss in recent]
-    median = statistics.median(logs)
-    spread = statistics.median(abs(log - median) for log in logs) / MEDIAN_OF_NORMAL
+    errors = [
+        log - statistics.median(logs[place - LEVEL_STEPS : place])
+        for place, log in enumerate(logs)
+        if place >= LEVEL_STEPS
+    ]
+    # While a loss falls, all of it lies below the level by about as much, which is no noise.
+    usual_error = statistics.median(errors)
+    deviations = sorted(abs(error - usual_error) for error in errors)
+    spread = deviations[round(QUANTILE * (len(deviations) - 1))] / QUANTILE_OF_NORMAL
+    level = statistics.median(logs[-LEVEL_STEPS:])
     height = max(math.log(LEAST_FACTOR), DEVIATIONS * spread)
-    return UsualLoss(math.exp(median) - NOTHING, math.exp(min(median + height, 700.0)) - NOTHING)
+    return UsualLoss(math.exp(level) - NOTHING, math.exp(min(level + height, 700.0)) - NOTHING)
 
 
 def remember(recent: Sequence[float], loss: float) -> list[float]:
