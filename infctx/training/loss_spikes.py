@@ -17,8 +17,8 @@ DEVIATIONS = 7.0
 LEAST_FACTOR = 2.0
 # Added to losses before their logarithm, in nats: below it, factors between losses mean nothing.
 NOTHING = 0.05
-# The spread is told by the deviation that so many do not exceed, for a few may be spikes themselves; beside it, the same
-# of a normal distribution, in standard deviations.
+# The spread is told by the deviation that so many do not exceed, for a few may be spikes themselves; beside it, what
+# that is of a normal distribution, in standard deviations.
 QUANTILE, QUANTILE_OF_NORMAL = 0.9, 1.6449
 
 
