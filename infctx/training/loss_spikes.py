@@ -11,7 +11,7 @@ from typing import NamedTuple
 RECENT_STEPS = 64
 WARM_UP_STEPS = 16
 # Of so many steps the median is what the next one is expected to be.
-LEVEL_STEPS = 9
+LEVEL_STEPS = 5
 # How many times the spread of what earlier steps were off by, scaled as a standard deviation, and at least this factor.
 DEVIATIONS = 7.0
 LEAST_FACTOR = 2.0
