@@ -158,6 +158,11 @@ CASES = {
     "log-normal, window 4": (log_normal(600, 3000, 1.2), Machine(token=2e-4, backward=3.0), 4),
     "log-normal, another sweep 2": (log_normal(600, 3000, 1.2), Machine(token=2e-4, backward=4.8), "document"),
     "one huge document": (HUGE, Machine(token=2e-4, backward=3.0), "document"),
+    "short ones and some long": (
+        [*[60] * 900, *[150_000] * 4],
+        Machine(token=2e-4, backward=3.0, step=0.5),
+        "document",
+    ),
     "nothing but one huge document": ([1_500_000], Machine(token=2e-4, backward=3.3), "document"),
     "uniform, slow validation": (UNIFORM, Machine(token=2e-4, backward=3.6, validation=40.0), "document"),
 }

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
+from infctx.training.pace import RunPlan
 from infctx.training.progress import LoggedProgress, PlainProgress, Progress, SilentProgress, make_progress
 from infctx.training.progress_live import LiveProgress
 from infctx.training.progress_numbers import clock_text
+from infctx.training.step_work import ChunkPlace, SweepTokens
 
 
 class FakeClock:
@@ -303,3 +305,99 @@ def test_live_keeps_the_latest_of_every_set_on_lines_of_their_own(
     assert losses.startswith("loss code 2.100, chat 3.000, long long")
     assert len(losses) <= 80
     assert validation == "val chat 1.500, code –"
+
+
+def place(chunk: int, *, in_sweep_2: bool = False) -> ChunkPlace:
+    """A place in a step over a document of ten million tokens."""
+    return ChunkPlace(
+        step=2,
+        group=0,
+        num_groups=2,
+        chunk=chunk,
+        num_chunks=2442,
+        window=3,
+        num_windows=10,
+        in_sweep_2=in_sweep_2,
+        token=4096 * chunk,
+        chunk_tokens=4096,
+        num_tokens=10_000_000,
+        step_tokens=20_000_000,
+        done=SweepTokens(forward=4096.0 * chunk, backward=1e6 if in_sweep_2 else 0.0),
+        total=SweepTokens(forward=2e7, backward=2e7),
+    )
+
+
+IN_A_LONG_STEP = {
+    80: [
+        "step 1/400 eta 27:46:39",
+        "in step 2: chunk 812/2,442 forward  token 3.3M of 10.0M  window 4/10  group 1/2",
+        "loss 2.345  smooth 2.345  val 1.250  norm 0.50  lr 2.0e-04",
+        "1,024 tokens/s  512 MB  saved step 1, 13:32 ago",
+    ],
+    40: [
+        "step 1/400 eta 27:46:39",
+        "in step 2: chunk 812/2,442 forward",
+        "loss 2.345  smooth 2.345  val 1.250",
+        "1,024 tokens/s  512 MB",
+    ],
+    20: ["step 1/400", "in step 2: chunk 8…", "loss 2.345", "1,024 tokens/s"],
+}
+
+
+@pytest.mark.parametrize("width", list(IN_A_LONG_STEP))
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_inside_a_long_step_at_any_width(width: int, encoding: str) -> None:
+    clock = FakeClock()
+    progress = LiveProgress(Console(file=io.StringIO()), clock=clock)
+    plan = RunPlan(first_step=0, left=SweepTokens(forward=4e7, backward=4e7), backward_cost=3.0)
+    progress.start(400, [], plan)
+    progress.finish()
+    progress.step(report(1, val_loss=1.25, seconds=0.5))
+    progress.interrupted("checkpoint")
+    clock.seconds += 2
+    progress.interrupted("checkpoint", 2.0)
+    for chunk in range(812):
+        progress.chunk(place(chunk))
+        clock.seconds += 1
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    Console(file=stream, width=width, color_system=None).print(progress)
+    stream.flush()
+    lines = stream.buffer.getvalue().decode(encoding).splitlines()
+    assert all(len(line) < width for line in lines)
+    shown = [re.sub(r"[━╸=>]|\d+%|\d+:\d\d(?=  eta)", "", line) for line in lines]
+    found = [re.sub(r" {2,}eta .*", " eta ...", line) if number == 0 else line for number, line in enumerate(shown)]
+    expected = [re.sub(r"eta .*", "eta ...", line) for line in IN_A_LONG_STEP[width]]
+    if encoding == "ascii":
+        expected = [line.replace("…", ".") for line in expected]
+    assert [line.strip() for line in found] == expected
+
+
+def test_plain_lines_move_inside_a_long_step() -> None:
+    stream, clock = io.StringIO(), FakeClock()
+    progress = PlainProgress(stream, clock=clock)
+    progress.start(400, [], RunPlan(first_step=1, left=SweepTokens(forward=4e7, backward=4e7), backward_cost=3.0))
+    for chunk in range(100):
+        progress.chunk(place(chunk))
+        clock.seconds += 3
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("in step 2  chunk 21/2,442 forward  token 81.9k of 10.0M  window 4/10  group 1/2  ")
+    assert " tokens/s  eta " in lines[0]
+    progress.chunk(place(700, in_sweep_2=True))
+    assert "chunk 701/2,442 backward" in stream.getvalue()
+
+
+def test_a_checkpoint_is_told_behind_its_step() -> None:
+    stream, clock = io.StringIO(), FakeClock()
+    progress = PlainProgress(stream, clock=clock, every_seconds=60)
+    progress.start(400, [])
+    for step in (1, 2):
+        progress.step(report(step))
+    progress.interrupted("checkpoint")
+    clock.seconds += 75
+    progress.interrupted("checkpoint", 75.0)
+    assert [line.split("  ")[0] for line in stream.getvalue().splitlines()] == [
+        "step 1/400",
+        "step 2/400",
+        "checkpoint after step 2, 1:15 to write",
+    ]
