@@ -50,6 +50,8 @@ from infctx.training.bptt import ChunkObjective
 from infctx.training.fabric_run import FabricEngine, open_engine
 from infctx.training.gradient_check import GradientCheck, check_gradient
 from infctx.training.host_memory import HeapTrimmer
+from infctx.training.logger_writers import WandbOptions, writer_openers
+from infctx.training.loggers import NO_LOGGERS, Loggers, check_loggers
 from infctx.training.loop import train
 from infctx.training.loss import LossTerms
 from infctx.training.metrics import MetricsLog
@@ -352,6 +354,7 @@ def _quietly(say: Say) -> Say:
 
 
 def _open_parts(recipe: Recipe, engine: FabricEngine, say: Say) -> _Parts:
+    check_loggers(recipe.run.loggers)
     model_file = read_model_file(recipe.model.path, dtype=None)
     wanted = None if recipe.kernel.backend == "auto" else recipe.kernel.backend
     try:
@@ -516,7 +519,15 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
         ),
         trimmer=HeapTrimmer(parts.engine.device),
         averaged=averaged,
+        loggers=_loggers(recipe, progress) if ranks.is_first else NO_LOGGERS,
     )
+
+
+def _loggers(recipe: Recipe, progress: Progress) -> Loggers:
+    folder, section = Path(recipe.run.folder), recipe.run.wandb
+    options = WandbOptions(**{**section.model_dump(), "name": section.name or folder.name})
+    openers = writer_openers(recipe.run.loggers, folder, wandb=options, facts=recipe.to_mapping())
+    return Loggers(openers, progress.message)
 
 
 def _boundaries(recipe: Recipe, model: Finch, data: RunData, engine: FabricEngine) -> BoundaryPlan:

@@ -30,12 +30,14 @@ FREE_KEYS = (
     "run.devices",
     "run.hang_seconds",
     "run.keep_checkpoints",
+    "run.loggers",
     "run.num_nodes",
     "run.offload",
     "run.report",
     "run.rows",
     "run.strategy",
     "run.time_parallel",
+    "run.wandb",
 )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from infctx.data.chunking import ChunkSequence, RowSlice, chunk_rows
 from infctx.data.document import Document
@@ -109,6 +110,13 @@ class StepSource(ABC):
     @abstractmethod
     def epoch(self) -> float:
         """Epochs read so far."""
+
+    @abstractmethod
+    def row_lengths_left(self) -> list[tuple[npt.NDArray[np.int64], float]]:
+        """Tokens of the rows of all further groups, their padding included: lengths, and how many times they come.
+
+        Counted without reading a token; of long runs a part is counted, which stands for the rest.
+        """
 
     @functools.cached_property
     def total_steps(self) -> int:

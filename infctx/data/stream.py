@@ -1,7 +1,7 @@
 """Which tokens each step reads, in the two modes, and where reading resumes."""
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,9 @@ from infctx.data.chunking import RowSlice, join_pieces
 from infctx.data.document import Document
 from infctx.data.order import DocumentOrder
 from infctx.data.step_source import StepData, StepSource
+
+# Of a run's documents, so many are measured beforehand; they stand for the rest.
+MOST_ENTRIES = 200_000
 
 __all__ = ["DocumentSource", "StepData", "StreamSource"]
 
@@ -63,6 +66,8 @@ class StreamSource(StepSource):
         )
         assert window >= 1, f"window={window}"
         self._step_tokens = window * chunk_tokens
+        # Known with the number of steps of a run of epochs.
+        self._longest_row = 0
         # A heap of (tokens dealt so far, row): the least is the next to be dealt to, the lowest row on a tie.
         self._dealt = [(0, row) for row in range(self._num_rows)]
         # Of each row, the documents dealt and not yet read to their end: index, and the token to read next.
@@ -108,13 +113,23 @@ class StreamSource(StepSource):
         # The tokens read so far are step * step_tokens, so a step may not change its size on the way.
         return {**super()._identity(), "step_tokens": self._step_tokens}
 
+    def row_lengths_left(self) -> list[tuple[npt.NDArray[np.int64], float]]:
+        """All steps are of one length, but for the last of a run of epochs."""
+        num_steps = max(0, self.total_steps - self._step)
+        full = np.array([self._step_tokens], dtype=np.int64)
+        if self._epochs is None or num_steps == 0:
+            return [(full, float(num_steps * self._accumulate))]
+        last = np.array([self._longest_row - (self.total_steps - 1) * self._step_tokens], dtype=np.int64)
+        return [(full, float((num_steps - 1) * self._accumulate)), (last, float(self._accumulate))]
+
     def _steps_of_epochs(self, epochs: int) -> int:
         dealt = [0] * self._num_rows
         for epoch in range(epochs):
             for length in self._lengths[self._epochs_order.epoch(epoch)].tolist():
                 # Only the multiset of sums matters here, so the rows need no numbers.
                 heapq.heapreplace(dealt, dealt[0] + length)
-        return -(-max(dealt) // self._step_tokens)
+        self._longest_row = max(dealt)
+        return -(-self._longest_row // self._step_tokens)
 
     @property
     def epoch(self) -> float:
@@ -212,6 +227,42 @@ class DocumentSource(StepSource):
             total += int(self._lengths[order[end]])
             end += 1
         return end
+
+    def row_lengths_left(self) -> list[tuple[npt.NDArray[np.int64], float]]:
+        """Of each group the longest row, of all ranks."""
+        num_steps = max(0, self.total_steps - self._step)
+        # Packed rows are put together one document at a time.
+        most = MOST_ENTRIES if self._pack_tokens is None else MOST_ENTRIES // 10
+        entries = self._entry_lengths(min(num_steps * self._num_rows, max(most, self._num_rows)))
+        if len(entries) == 0:
+            return []
+        rows = np.zeros(-(-len(entries) // self._num_rows) * self._num_rows, dtype=np.int64)
+        rows[: len(entries)] = entries
+        groups = rows.reshape(-1, self._world, self._accumulate, self._rows).max(axis=(1, 3))
+        # A group without a row is one token of padding.
+        return [(np.maximum(groups.reshape(-1), 1), num_steps / len(groups))]
+
+    def _entry_lengths(self, most: int) -> npt.NDArray[np.int64]:
+        """Tokens of the next entries, at most so many; fewer where the epochs end."""
+        parts: list[npt.NDArray[np.int64]] = []
+        epoch, position, num_found = self._epoch, self._position, 0
+        while num_found < most and (self._epochs is None or epoch < self._epochs):
+            order = self._epochs_order.epoch(epoch)
+            lengths = self._lengths[order]
+            begins = np.arange(position, len(order))
+            if self._pack_tokens is not None:
+                begins = np.fromiter(self._entry_begins(order, position, most - num_found), dtype=np.int64)
+            parts.append(np.add.reduceat(lengths, begins) if len(begins) else begins)
+            num_found += len(begins)
+            epoch, position = epoch + 1, 0
+        return np.concatenate(parts)[:most] if parts else np.zeros(0, dtype=np.int64)
+
+    def _entry_begins(self, order: npt.NDArray[np.int64], place: int, most: int) -> Iterator[int]:
+        for _ in range(most + 1):
+            if place >= len(order):
+                return
+            yield place
+            place = self._entry_end(order, place)
 
     def _steps_of_epochs(self, epochs: int) -> int:
         step, epoch, position = self._counted_from

@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from infctx.recipe.data_section import PieceSection, SetSection, SourceSection, TemplateSection
+from infctx.recipe.run_section import WandbSection
 from infctx.recipe.schema import Recipe
 
 _INTRODUCTION = """# The keys of a recipe
@@ -23,6 +24,7 @@ _NESTED: list[tuple[str, type[BaseModel], type[BaseModel] | None]] = [
     ("data.template, of one's own", TemplateSection, None),
     ("data.template.pieces", PieceSection, None),
     ("data.sets, beside the keys of data up to rechunk_tokens, which here are of one set", SetSection, SourceSection),
+    ("run.wandb", WandbSection, None),
 ]
 
 
@@ -34,11 +36,11 @@ def recipe_reference() -> str:
         assert isinstance(section, type)
         assert issubclass(section, BaseModel)
         parts.append(f"## {name}\n\n{field.description}\n\n{_table(section, {})}")
-        if name == "data":
-            parts += [
-                f"### {heading}\n\n{_table(nested, base.model_fields if base else {})}"
-                for heading, nested, base in _NESTED
-            ]
+        parts += [
+            f"### {heading}\n\n{_table(nested, base.model_fields if base else {})}"
+            for heading, nested, base in _NESTED
+            if heading.startswith(f"{name}.")
+        ]
     return "\n".join(parts)
 
 

@@ -35,6 +35,15 @@ _OWN_DEEPSPEED_KEYS = (
 )
 
 
+class WandbSection(Section):
+    """Where a run goes at Weights & Biases, with wandb among run.loggers."""
+
+    project: Text = Field(default="infctx", description="Project it belongs to.")
+    entity: Text | None = Field(default=None, description="User or team that owns it; null: your own account.")
+    name: Text | None = Field(default=None, description="What it is called; null: as the run folder.")
+    offline: bool = Field(default=False, description="Write it into the run folder only; `wandb sync` uploads it.")
+
+
 class RunSection(Section):
     """Where a run writes, how long it lasts and what it runs on."""
 
@@ -92,12 +101,17 @@ class RunSection(Section):
     max_nonfinite_steps: Count = Field(
         default=10, description="Steps in a row that may be left out for an infinite or NaN gradient before it stops."
     )
-
     report: bool = Field(
         default=True,
         description="Write report.html, with loss by position and samples from before and after the run; false: "
         "neither measure nor write.",
     )
+    loggers: list[Literal["csv", "tensorboard", "wandb"]] = Field(
+        default=[],
+        description="Further places for the numbers of metrics.jsonl: metrics.csv, TensorBoard's event files, Weights "
+        "& Biases. None of them can stop the run.",
+    )
+    wandb: WandbSection = Field(default_factory=WandbSection, description="Of the logger wandb.")
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Self:
@@ -106,6 +120,10 @@ class RunSection(Section):
             problems.append(("run.steps", "missing: a run needs exactly one of run.steps and run.epochs"))
         if self.steps is not None and self.epochs is not None:
             problems.append(("run.epochs", "cannot stand beside run.steps; keep one of the two"))
+        if len(set(self.loggers)) < len(self.loggers):
+            problems.append(("run.loggers", f"expected each name once, got {', '.join(self.loggers)}"))
+        if self.wandb != WandbSection() and "wandb" not in self.loggers:
+            problems.append(("run.wandb", "has no effect without wandb in run.loggers; add it there, or remove this"))
         problems += self._spread_problems()
         refuse(problems)
         return self

@@ -22,7 +22,7 @@ from infctx.training.bptt import Window, backward_through_windows, draws_random_
 from infctx.training.engine import Engine
 from infctx.training.optim import LearningRate
 from infctx.training.step import step_gradient
-from infctx.training.step_place import WindowsPlace
+from infctx.training.step_place import WalkPlace, WindowsPlace
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -164,7 +164,7 @@ def _go_back(
     """The token's loss, and the norm of its gradient at each border from its own chunk's back to the window's first."""
     borders: dict[int, dict[str, float]] = {}
 
-    def note(tell: Callable[[], WindowsPlace]) -> None:
+    def note(tell: Callable[[], WindowsPlace], here: WalkPlace) -> None:
         reached = tell()
         if reached.in_sweep_2 and reached.adjoint is not None:
             borders[first + reached.next + 1] = state_norms(reached.adjoint)

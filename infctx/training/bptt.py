@@ -29,7 +29,7 @@ from infctx.training.boundary_store import Bank, BoundaryPlan
 from infctx.training.loss import CROSS_ENTROPY, LossTerms, weighted_loss_sum
 from infctx.training.random_replay import RandomReplay, replayed
 from infctx.training.set_losses import add_set_losses, sum_by_set
-from infctx.training.step_place import WindowsPlace
+from infctx.training.step_place import WalkPlace, WindowsPlace
 
 Window = int | Literal["document"]
 
@@ -143,7 +143,7 @@ def backward_through_windows(
     backward: Callable[[Tensor], None] = torch.autograd.backward,
     keeps_random_state: bool = False,
     boundaries: BoundaryPlan = BoundaryPlan(),  # noqa: B008 (frozen)
-    before_chunk: Callable[[Callable[[], WindowsPlace]], None] | None = None,
+    before_chunk: Callable[[Callable[[], WindowsPlace], WalkPlace], None] | None = None,
     expect: Callable[[bool], bool] | None = None,
 ) -> ChunkedResult:
     """Add the gradient of loss sum / weight_total to every trainable parameter's .grad.
@@ -158,7 +158,8 @@ def backward_through_windows(
         backward: called with one scalar for each chunk.
         keeps_random_state: replay the random numbers of sweep 1 in sweep 2 (needed where `draws_random_numbers`).
         boundaries: where the states between the chunks of a window are kept.
-        before_chunk: called before every chunk of either sweep with a function that tells the place; may raise.
+        before_chunk: called before every chunk of either sweep with a function that tells the place, to go on from it,
+            and where that is, for people; may raise.
         expect: of an engine: called before the forward pass of every chunk in sweep 2, with whether that
             is the last; answers whether its backward pass has to reach every trained parameter, with a gradient of 0 if
             need be. What an engine's pass misses, it may silently leave out, or take from the step before.
@@ -182,7 +183,7 @@ class _Walk:
         backward: Callable[[Tensor], None],
         keeps_random_state: bool,
         plan: BoundaryPlan,
-        before_chunk: Callable[[Callable[[], WindowsPlace]], None] | None,
+        before_chunk: Callable[[Callable[[], WindowsPlace], WalkPlace], None] | None,
         expect: Callable[[bool], bool] | None,
     ) -> None:
         self._objective, self._chunks, self._length = objective, chunks, length
@@ -328,7 +329,8 @@ class _Walk:
 
     def _pause(self) -> None:
         if self._before_chunk is not None:
-            self._before_chunk(self.place)
+            here = WalkPlace(self._first, self._first + self._next, self._in_sweep_2)
+            self._before_chunk(self.place, here)
 
 
 @torch.no_grad()

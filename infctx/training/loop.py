@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,12 +15,15 @@ from infctx.model.state import ModelState
 from infctx.training.bptt import draws_random_numbers
 from infctx.training.host_memory import peak_host_bytes
 from infctx.training.memory_ladder import shorten_chunks
+from infctx.training.pace import CHECKPOINT, VALIDATION
 from infctx.training.resume import resume_run, save_run
 from infctx.training.run import Done, Place, Run
 from infctx.training.set_losses import report_sets
 from infctx.training.signals import StopRequested, StopSignals
 from infctx.training.step import StepGradient, step_gradient, take_step
-from infctx.training.step_place import StepPlace, random_state, set_random_state
+from infctx.training.step_place import StepPlace, WalkPlace, random_state, set_random_state
+from infctx.training.step_work import StepWork
+from infctx.training.telling import MOST_NAMED, StepDone, interruption, look_for_spike, named, plan_of
 from infctx.training.validation import ValidationLoss, validation_loss
 
 # Of every line of metrics.jsonl; the line before the first step has nulls where nothing was done. chunks, chunk_tokens
@@ -47,8 +50,6 @@ STEP_KEYS = (
 LARGEST_DIFFERENCE = 1e-2
 # See StopSignals.
 SECONDS_OF_ONE_SIGNAL = 2.0
-# Of the documents of a step that was left out, so many are named.
-MOST_NAMED = 8
 
 
 def train(run: Run) -> Done:
@@ -60,11 +61,12 @@ def train(run: Run) -> Done:
         MachineError: the memory is too small, however short the chunks.
     """
     done, place = resume_run(run)
-    run.progress.start(run.source.total_steps, list(run.headline))
+    run.progress.start(run.source.total_steps, list(run.headline), plan_of(run, done))
     try:
         with StopSignals(counts_as_one=SECONDS_OF_ONE_SIGNAL if run.engine.ranks.size > 1 else 0.0) as signals:
             return _run_steps(run, done, place, signals)
     finally:
+        run.loggers.finish()
         run.progress.finish()
 
 
@@ -78,7 +80,8 @@ class _Saver:
     def save(self, done: Done, place: Place) -> None:
         ranks = self._run.engine.ranks
         ranks.at(f"the checkpoint of step {done.step}")
-        save_run(self._run, done, place)
+        with interruption(self._run, CHECKPOINT):
+            save_run(self._run, done, place)
         ranks.at(f"the end of the checkpoint of step {done.step}")
         self._saved_at = time.monotonic()
 
@@ -120,7 +123,8 @@ def _settle(run: Run, done: Done, place: Place, signals: StopSignals, saver: _Sa
     is_due = not is_ahead or done.step == 0 or _every(settings.validate_every, done.step)
     if run.validation and is_due:
         names = run.validation_set_names or run.set_names
-        measured = _validate(run, done, signals, num_sets=len(names))
+        with interruption(run, VALIDATION):
+            measured = _validate(run, done, signals, num_sets=len(names))
         done.val_loss = record["val_loss"] = _finite(measured.loss)
         if measured.by_set:
             record["val_loss_by_set"] = {names[index]: loss for index, loss in measured.by_set.items()}
@@ -129,6 +133,7 @@ def _settle(run: Run, done: Done, place: Place, signals: StopSignals, saver: _Sa
     done.owed = None
     if run.engine.ranks.is_first:
         run.metrics.append(record)
+        run.loggers.append(record)
     if done.step > 0:
         run.progress.step(record)
     elif done.val_loss is not None:
@@ -193,7 +198,6 @@ def _one_step(
         seconds,
     )
     done.owed = dict(zip(STEP_KEYS, values, strict=True))
-    states = gradient.states
     if len(run.set_names) > 1:
         done.owed["sets"] = report_sets(run.set_names, gradient.set_losses, data)
     if report.not_updated is not None:
@@ -201,7 +205,12 @@ def _one_step(
     if report.suspects:
         done.owed["documents"] = list(report.suspects[:MOST_NAMED])
     if report.not_updated is not None:
-        run.progress.message(f"step {done.step}: no update: {report.not_updated}{_named(report.suspects)}")
+        run.progress.message(f"step {done.step}: no update: {report.not_updated}{named(report.suspects)}")
+    of_step = StepDone(gradient=gradient, data=data, states=lambda: _states_before(run, data, place))
+    spike = look_for_spike(run, done, _finite(report.loss), of_step)
+    if spike is not None:
+        done.owed["spike"] = spike
+    states = gradient.states
     if report.grad_norm is not None and not math.isfinite(report.grad_norm):
         done.nonfinite_steps += 1
         done.nonfinite_in_a_row += 1
@@ -211,11 +220,11 @@ def _one_step(
     return states if data.carries_state else []
 
 
-def _named(origins: Sequence[str]) -> str:
-    if not origins:
-        return ""
-    more = f" and {len(origins) - MOST_NAMED} more" if len(origins) > MOST_NAMED else ""
-    return f"; in it: {', '.join(origins[:MOST_NAMED])}{more}"
+def _states_before(run: Run, data: StepData, place: Place) -> list[ModelState]:
+    """Of each group, what the step before has left, or what stands for nothing."""
+    if place.row_states and data.carries_state:
+        return place.row_states
+    return [_zeros(run, group.chunks[0].tokens.shape[0]) for group in data.groups]
 
 
 def _gradient_that_fits(
@@ -226,12 +235,12 @@ def _gradient_that_fits(
     A window keeps its length in tokens, so that the gradient is the same.
     """
     start, place.under_way = place.under_way, None
-    states = place.row_states
-    if not states or not data.carries_state:
-        states = [_zeros(run, group.chunks[0].tokens.shape[0]) for group in data.groups]
+    states = _states_before(run, data, place)
 
-    def before_chunk(tell: Callable[[], StepPlace]) -> None:
+    def before_chunk(tell: Callable[[], StepPlace], group: int, here: WalkPlace) -> None:
         run.trimmer.tick()
+        if run.engine.ranks.is_first:
+            run.progress.chunk(work.place(group, here))
         run.engine.ranks.at(f"step {done.step + 1}")
         stop, is_due = run.engine.ranks.most(signals.number, int(saver.is_due))
         if stop or is_due:
@@ -246,6 +255,7 @@ def _gradient_that_fits(
             run.engine.forget_gradient()
         try:
             pieces = data.in_pieces(done.piece_tokens)
+            work = StepWork(done.step + 1, pieces, run.settings.window)
             gradient = step_gradient(
                 # A step without a target has no places to go on from; it can be stopped all the same.
                 run.objective if data.weight_total > 0 else _stoppable(run, signals, f"step {done.step + 1}"),

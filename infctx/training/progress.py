@@ -8,24 +8,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, TextIO, runtime_checkable
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as RichProgress
-from rich.text import Text
+from rich.console import Console
 
+from infctx.training.pace import CHECKPOINT, Pace, RunPlan
 from infctx.training.progress_numbers import (
-    Pace,
     by_set_text,
     clock_text,
     loss_text,
     memory_text,
+    norm_text,
     number,
+    place_parts,
     rate_text,
     set_losses,
     speed_text,
     work_text,
 )
+from infctx.training.step_work import ChunkPlace
 
 
 @runtime_checkable
@@ -35,8 +34,14 @@ class Progress(Protocol):
     A report has the keys of a line of `metrics.jsonl`; any of them may be missing or None.
     """
 
-    def start(self, total_steps: int | None, headline: list[str]) -> None:
+    def start(self, total_steps: int | None, headline: list[str], plan: RunPlan | None = None) -> None:
         """Show the headline and begin. total_steps: None where it is not known beforehand."""
+
+    def chunk(self, place: ChunkPlace) -> None:
+        """Note how far the step under way is; called before every chunk, and done in microseconds."""
+
+    def interrupted(self, by: str, seconds: float | None = None) -> None:
+        """A validation or a checkpoint (see pace.py) begins, or is done after so many seconds."""
 
     def step(self, report: Mapping[str, object]) -> None:
         """Show the numbers of a finished step."""
@@ -58,6 +63,8 @@ def make_progress(stream: TextIO | None = None, *, every_seconds: float = 5.0) -
     if stream.isatty():
         console = Console(file=stream)
         if not console.is_dumb_terminal:
+            from infctx.training.progress_live import LiveProgress
+
             return LiveProgress(console)
     return PlainProgress(stream, every_seconds=every_seconds)
 
@@ -65,7 +72,13 @@ def make_progress(stream: TextIO | None = None, *, every_seconds: float = 5.0) -
 class SilentProgress:
     """Shows nothing."""
 
-    def start(self, total_steps: int | None, headline: list[str]) -> None:
+    def start(self, total_steps: int | None, headline: list[str], plan: RunPlan | None = None) -> None:
+        """Nothing."""
+
+    def chunk(self, place: ChunkPlace) -> None:
+        """Nothing."""
+
+    def interrupted(self, by: str, seconds: float | None = None) -> None:
         """Nothing."""
 
     def step(self, report: Mapping[str, object]) -> None:
@@ -79,29 +92,58 @@ class SilentProgress:
 
 
 class PlainProgress:
-    """One line a step, but not more often than every so many seconds; the first and the last step always."""
+    """One line a step, but not more often than every so many seconds; the first and the last step always.
+
+    Args:
+        seconds_inside: inside a step that is so long, a line about where it is, as often.
+    """
 
     def __init__(
-        self, stream: TextIO, *, every_seconds: float = 5.0, clock: Callable[[], float] = time.monotonic
+        self,
+        stream: TextIO,
+        *,
+        every_seconds: float = 5.0,
+        seconds_inside: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream = stream
-        self._every_seconds = every_seconds
+        self._every_seconds, self._seconds_inside = every_seconds, seconds_inside
         self._clock = clock
         self._pace = Pace(clock)
-        self._last_shown = -math.inf
-        self._unshown: str | None = None
+        self._last_shown = self._last_inside = -math.inf
+        self._unshown: Mapping[str, object] | None = None
 
-    def start(self, total_steps: int | None, headline: list[str]) -> None:
+    def start(self, total_steps: int | None, headline: list[str], plan: RunPlan | None = None) -> None:
         """Print the headline."""
-        self._pace = Pace(self._clock, total_steps)
-        self._last_shown = -math.inf
+        self._pace = Pace(self._clock, total_steps, plan)
+        self._last_shown, self._last_inside = -math.inf, self._clock()
         for line in headline:
             self.message(line)
+
+    def chunk(self, place: ChunkPlace) -> None:
+        """Print where a long step is if a while has passed without a line."""
+        self._pace.chunk(place)
+        now = self._clock()
+        if now - max(self._last_inside, self._last_shown) >= self._seconds_inside:
+            self._last_inside = now
+            speed = self._pace.tokens_per_second({})
+            parts = [f"in step {place.step}", *place_parts(place)]
+            parts += [f"{speed_text(speed)} tokens/s"] if speed is not None else []
+            self.message("  ".join([*parts, *self._eta()]))
+
+    def interrupted(self, by: str, seconds: float | None = None) -> None:
+        """Note it; a checkpoint gets a line."""
+        self._pace.interrupted(by, seconds)
+        if by == CHECKPOINT and seconds is not None:
+            # After what it is a checkpoint of.
+            if self._unshown is not None:
+                self._show_step()
+            self.message(f"checkpoint after step {self._pace.current_step}, {clock_text(seconds)} to write")
 
     def step(self, report: Mapping[str, object]) -> None:
         """Print the step if it is its turn; a validated step always is."""
         self._pace.step(report)
-        self._unshown = self._line(report)
+        self._unshown = dict(report)
         is_due = self._clock() - self._last_shown >= self._every_seconds
         if is_due or self._pace.is_last or number(report, "val_loss") is not None:
             self._show_step()
@@ -117,25 +159,29 @@ class PlainProgress:
 
     def _show_step(self) -> None:
         assert self._unshown is not None
-        self.message(self._unshown)
+        self.message(self._line(self._unshown))
         self._unshown = None
         self._last_shown = self._clock()
 
     def _line(self, report: Mapping[str, object]) -> str:
-        eta_seconds = self._pace.remaining_seconds()
         parts = [
             f"step {self._pace.position()}",
             f"loss {loss_text(number(report, 'loss'))}{_in_brackets(set_losses(report, 'sets'))}",
             f"val {loss_text(number(report, 'val_loss'))}{_in_brackets(set_losses(report, 'val_loss_by_set'))}"
             if "val_loss" in report
             else "",
-            f"{speed_text(report)} tokens/s",
+            f"{speed_text(number(report, 'tokens_per_second'))} tokens/s",
             f"peak {memory_text(report)}",
+            f"norm {norm_text(report)}",
             f"lr {rate_text(report)}",
-            f"eta {clock_text(eta_seconds)}" if eta_seconds is not None else "",
+            *self._eta(),
             work_text(report),
         ]
         return "  ".join(part for part in parts if part)
+
+    def _eta(self) -> list[str]:
+        eta_seconds = self._pace.remaining_seconds()
+        return [] if eta_seconds is None else [f"eta {clock_text(eta_seconds)}"]
 
 
 def _in_brackets(losses: Mapping[str, float | None]) -> str:
@@ -156,10 +202,20 @@ class LoggedProgress:
         self._log = PlainProgress(self._lines)
         self._has_failed = False
 
-    def start(self, total_steps: int | None, headline: list[str]) -> None:
+    def start(self, total_steps: int | None, headline: list[str], plan: RunPlan | None = None) -> None:
         """Open the log with the time, for a run may be continued many times."""
-        self._show(lambda shown: shown.start(total_steps, headline))
-        self._write(lambda log: log.start(total_steps, [time.strftime("%Y-%m-%d %H:%M:%S %z"), *headline]))
+        self._show(lambda shown: shown.start(total_steps, headline, plan))
+        self._write(lambda log: log.start(total_steps, [time.strftime("%Y-%m-%d %H:%M:%S %z"), *headline], plan))
+
+    def chunk(self, place: ChunkPlace) -> None:
+        """Show and write where a step is."""
+        self._show(lambda shown: shown.chunk(place))
+        self._write(lambda log: log.chunk(place))
+
+    def interrupted(self, by: str, seconds: float | None = None) -> None:
+        """Show and write what interrupts the steps."""
+        self._show(lambda shown: shown.interrupted(by, seconds))
+        self._write(lambda log: log.interrupted(by, seconds))
 
     def step(self, report: Mapping[str, object]) -> None:
         """Show and write a step."""
@@ -197,91 +253,3 @@ class LoggedProgress:
             self._has_failed = True
             problem = f"cannot write {self._path} ({error.strerror or error}): the run goes on without it"
             self._show(lambda shown: shown.message(problem))
-
-
-class LiveProgress:
-    """A bar and a line of numbers that stay at the bottom of a terminal of 80 columns or more."""
-
-    def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console = console
-        self._clock = clock
-        self._pace = Pace(clock)
-        self._numbers = Text("waiting for the first step", style="dim", no_wrap=True, overflow="ellipsis")
-        self._sets: list[Text] = []
-        self._bar = RichProgress(
-            TextColumn("step {task.fields[position]}", markup=False),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("eta {task.fields[eta]}", markup=False),
-            console=console,
-            expand=True,
-        )
-        self._task: TaskID | None = None
-        self._live: Live | None = None
-
-    def start(self, total_steps: int | None, headline: list[str]) -> None:
-        """Print the headline and put the bar under it."""
-        self.finish()
-        self._pace = Pace(self._clock, total_steps)
-        for line in headline:
-            self.message(line)
-        self._task = self._bar.add_task("", total=total_steps, position=self._pace.position(), eta="–")
-        self._live = Live(
-            get_renderable=lambda: Group(self._bar, self._numbers, *self._sets),
-            console=self._console,
-            refresh_per_second=4,
-        )
-        self._live.start()
-
-    def step(self, report: Mapping[str, object]) -> None:
-        """Move the bar and show the numbers."""
-        self._pace.step(report)
-        self._numbers = self._line(report)
-        self._sets = self._set_lines()
-        if self._task is not None:
-            eta_seconds = self._pace.remaining_seconds()
-            self._bar.update(
-                self._task,
-                completed=self._pace.current_step,
-                position=self._pace.position(),
-                eta="–" if eta_seconds is None else clock_text(eta_seconds),
-            )
-
-    def message(self, text: str) -> None:
-        """Print a line above the bar."""
-        # Paths in brackets are no markup.
-        self._console.print(text, markup=False, highlight=False, emoji=False)
-
-    def finish(self) -> None:
-        """Draw the last state and let go of the terminal."""
-        if self._live is not None:
-            if self._task is not None:
-                self._bar.stop_task(self._task)
-            self._live.stop()
-            self._live = None
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-            self._task = None
-
-    def _line(self, report: Mapping[str, object]) -> Text:
-        validated = f"  val {loss_text(self._pace.val_loss)}" if self._pace.val_loss is not None else ""
-        return Text.assemble(
-            ("loss ", "dim"),
-            (loss_text(number(report, "loss")), "bold"),
-            ("  smooth ", "dim"),
-            loss_text(self._pace.smoothed_loss),
-            validated,
-            f"  {speed_text(report)} tokens/s  {memory_text(report)}",
-            (f"  lr {rate_text(report)}", "dim"),
-            no_wrap=True,
-            overflow="ellipsis",
-        )
-
-    def _set_lines(self) -> list[Text]:
-        """The latest loss of each set of a mixture, and one more line once they were validated."""
-        lines = []
-        for name, losses in (("loss ", self._pace.set_losses), ("val ", self._pace.set_val_losses)):
-            if losses:
-                lines.append(Text.assemble((name, "dim"), by_set_text(losses), no_wrap=True, overflow="ellipsis"))
-        return lines

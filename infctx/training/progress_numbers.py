@@ -1,75 +1,14 @@
-"""The numbers of a run as people read them, and how fast it goes."""
+"""The numbers of a run as people read them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-SMOOTHING = 0.9
-"""Share of the past in the smoothed loss: it looks back over about ten steps."""
+from infctx.training.step_work import ChunkPlace
+
 MOST_SETS = 8
 """Of a mixture, so many sets are shown."""
-
-
-class Pace:
-    """Where a run is, how long it will still take, and its loss without the jitter of single steps.
-
-    Args:
-        clock: seconds from any fixed moment.
-        total_steps: steps of the whole run, those before a resume included; None: not known.
-    """
-
-    def __init__(self, clock: Callable[[], float], total_steps: int | None = None) -> None:
-        self._clock = clock
-        self._total_steps = total_steps
-        self._times: list[tuple[int, float]] = []
-        self._loss_sum = 0.0
-        self._loss_weight = 0.0
-        self.current_step = 0
-        self.val_loss: float | None = None
-        self.set_losses: dict[str, float | None] = {}
-        self.set_val_losses: dict[str, float | None] = {}
-
-    def step(self, report: Mapping[str, object]) -> None:
-        """Take note of a finished step."""
-        self.current_step = int(number(report, "step") or self.current_step + 1)
-        moment = (self.current_step, self._clock())
-        # Two moments are enough: after the first step, which has the warm-up of everything in it, and now.
-        self._times = [*self._times[:1], moment]
-        loss = number(report, "loss")
-        if loss is not None:
-            self._loss_sum = SMOOTHING * self._loss_sum + (1 - SMOOTHING) * loss
-            self._loss_weight = SMOOTHING * self._loss_weight + (1 - SMOOTHING)
-        val_loss = number(report, "val_loss")
-        self.val_loss = self.val_loss if val_loss is None else val_loss
-        # A step need not have read every set.
-        self.set_losses |= set_losses(report, "sets")
-        self.set_val_losses |= set_losses(report, "val_loss_by_set")
-
-    @property
-    def smoothed_loss(self) -> float | None:
-        """Moving average of the finite losses; None before the first."""
-        return self._loss_sum / self._loss_weight if self._loss_weight else None
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the run's last step is done."""
-        return self._total_steps is not None and self.current_step >= self._total_steps
-
-    def position(self) -> str:
-        """The step and how many there will be, where that is known."""
-        return f"{self.current_step}" if self._total_steps is None else f"{self.current_step}/{self._total_steps}"
-
-    def remaining_seconds(self) -> float | None:
-        """Seconds to the last step at the pace so far, validation and checkpoints included; None: not known yet."""
-        if self._total_steps is None:
-            return None
-        if self.is_last:
-            return 0.0
-        (first_step, first_time), (last_step, last_time) = self._times[0], self._times[-1]
-        if last_step <= first_step:
-            return None
-        return (last_time - first_time) / (last_step - first_step) * (self._total_steps - last_step)
 
 
 def number(report: Mapping[str, object], key: str) -> float | None:
@@ -113,9 +52,8 @@ def work_text(report: Mapping[str, object]) -> str:
     return f"{chunks:,.0f} chunks of {chunk_tokens:,.0f}, gradient across {reach}, {carried:,.0f} rows carried on"
 
 
-def speed_text(report: Mapping[str, object]) -> str:
+def speed_text(speed: float | None) -> str:
     """Tokens per second."""
-    speed = number(report, "tokens_per_second")
     return "–" if speed is None else f"{speed:,.0f}" if speed >= 10 else f"{speed:.1f}"
 
 
@@ -123,6 +61,12 @@ def rate_text(report: Mapping[str, object]) -> str:
     """The learning rate."""
     rate = number(report, "lr")
     return "–" if rate is None else f"{rate:.1e}"
+
+
+def norm_text(report: Mapping[str, object]) -> str:
+    """The norm of the gradient, before clipping."""
+    norm = number(report, "grad_norm")
+    return "–" if norm is None else f"{norm:.2f}" if 0.01 <= norm < 1000 else f"{norm:.1e}"
 
 
 def memory_text(report: Mapping[str, object]) -> str:
@@ -134,7 +78,32 @@ def memory_text(report: Mapping[str, object]) -> str:
 
 
 def clock_text(seconds: float) -> str:
-    """A duration as 1:20 or 2:01:20."""
+    """A duration as 1:20, 2:01:20 or 5d 4h."""
+    if seconds >= 48 * 3600:
+        days, hour = divmod(round(seconds / 3600), 24)
+        return f"{days}d {hour}h"
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def count_text(count: float) -> str:
+    """A count of tokens in short: 950, 16.4k, 3.3M."""
+    for least, size, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if count >= least:
+            return f"{count / size:.1f}{letter}"
+    return f"{count:.0f}"
+
+
+def place_parts(place: ChunkPlace) -> list[str]:
+    """Where inside a step a run is, the most important first."""
+    sweep = "backward" if place.in_sweep_2 else "forward"
+    parts = [
+        f"chunk {place.chunk + 1:,}/{place.num_chunks:,} {sweep}",
+        f"token {count_text(place.token)} of {count_text(place.num_tokens)}",
+    ]
+    if place.num_windows > 1:
+        parts.append(f"window {place.window + 1:,}/{place.num_windows:,}")
+    if place.num_groups > 1:
+        parts.append(f"group {place.group + 1:,}/{place.num_groups:,}")
+    return parts

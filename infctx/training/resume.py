@@ -94,7 +94,7 @@ def resume_run(run: Run) -> tuple[Done, Place]:
         if run.metrics.path.exists():
             run.progress.message("this run folder has no checkpoint: beginning from the start")
         if ranks.is_first:
-            run.metrics.truncate_after(-1)
+            _begin_metrics(run, after=-1)
         return Done(), Place(cursor=run.source.cursor(), random_state=random_state(run.device))
     for reason in loaded.skipped:
         run.progress.message(f"skipped a damaged checkpoint: {reason}")
@@ -119,7 +119,7 @@ def resume_run(run: Run) -> tuple[Done, Place]:
     _restore_random_numbers(run, state.tensors["random"], is_same=is_same)
     place = Place(cursor=run.source.cursor(), random_state=random_state(run.device), row_states=_own_rows(run, state))
     if ranks.is_first:
-        run.metrics.truncate_after(done.step if done.owed is None else done.step - 1)
+        _begin_metrics(run, after=done.step if done.owed is None else done.step - 1)
     where = f"after step {done.step}"
     if "under_way" in state.facts and is_same and engine.stops_inside_steps:
         own = {group: _of_rank(state.tensors[group], ranks.rank) for group in ("under_way", "gradient")}
@@ -130,6 +130,12 @@ def resume_run(run: Run) -> tuple[Done, Place]:
         where += f"; step {done.step + 1} begins again, with other processes than those that had begun it"
     run.progress.message(f"continuing {where}")
     return done, place
+
+
+def _begin_metrics(run: Run, *, after: int) -> None:
+    """Go on behind this step, wherever numbers go."""
+    run.metrics.truncate_after(after)
+    run.loggers.start(after)
 
 
 def _own_rows(run: Run, state: RunState) -> list[ModelState]:

@@ -18,6 +18,7 @@ from infctx.training.boundary_store import BoundaryPlan
 from infctx.training.bptt import Window
 from infctx.training.engine import Engine
 from infctx.training.host_memory import HeapTrimmer
+from infctx.training.loggers import NO_LOGGERS, Loggers
 from infctx.training.metrics import MetricsLog
 from infctx.training.optim import LearningRate
 from infctx.training.progress import Progress
@@ -50,7 +51,8 @@ class Run:
     facts are written into every checkpoint. save_adapter writes the adapter folder, where adapter_has_files, from whole
     weights where those of the model are divided among ranks. set_names are those of the data sets by their index; with
     more than one, the metrics have the loss of each. validation_set_names: those of the held-out documents' sets, where
-    they come from others. averaged: the average of the trained weights, where the run keeps one.
+    they come from others. averaged: the average of the trained weights, where the run keeps one. loggers: beside
+    the metrics, on the first rank.
     """
 
     folder: Path
@@ -73,6 +75,7 @@ class Run:
     set_names: Sequence[str] = ("",)
     validation_set_names: Sequence[str] | None = None
     averaged: AveragedWeights | None = None
+    loggers: Loggers = NO_LOGGERS
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,6 +84,7 @@ class Done:
 
     piece_tokens: what a chunk was cut into after the memory had run out; None = whole.
     owed: the last step's line of metrics, until its validation, if one is due, has been measured.
+    recent_losses: what the next step's is compared with, see `usual_loss`; spikes_in_a_row: up to the last step.
     """
 
     step: int = 0
@@ -93,6 +97,8 @@ class Done:
     nonfinite_in_a_row: int = 0
     piece_tokens: int | None = None
     owed: dict[str, object] | None = None
+    recent_losses: list[float] = field(default_factory=list)
+    spikes_in_a_row: int = 0
 
 
 @dataclass(kw_only=True, slots=True)

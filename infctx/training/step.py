@@ -16,10 +16,11 @@ from infctx.training.boundary_store import BoundaryPlan
 from infctx.training.bptt import Window, backward_through_windows, forward_through_chunks
 from infctx.training.engine import Engine
 from infctx.training.set_losses import add_set_losses
-from infctx.training.step_place import StepPlace, WindowsPlace, random_state, set_random_state
+from infctx.training.step_place import StepPlace, WalkPlace, WindowsPlace, random_state, set_random_state
 
-BeforeChunk = Callable[[Callable[[], StepPlace]], None]
-"""Called before every chunk of either sweep with a function that tells the place; what it raises leaves the step."""
+BeforeChunk = Callable[[Callable[[], StepPlace], int, WalkPlace], None]
+"""Called before every chunk of either sweep with a function that tells the place, and with the group and where in
+it that is; what it raises leaves the step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +122,7 @@ def step_gradient(
     set_losses = start.set_losses if start is not None else None
     differences: list[Tensor] = []
 
-    def pause(place_in_group: Callable[[], WindowsPlace]) -> None:
+    def pause(place_in_group: Callable[[], WindowsPlace], here: WalkPlace) -> None:
         nonlocal passes
         if before_chunk is not None:
             before_chunk(
@@ -134,7 +135,9 @@ def step_gradient(
                     passes=passes,
                     seconds=time.perf_counter() - began,
                     set_losses=set_losses,
-                )
+                ),
+                len(states_after),
+                here,
             )
         passes += 1
 

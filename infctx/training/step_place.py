@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,15 @@ from infctx.training.boundary_store import Boundary
 
 RandomState = dict[str, Tensor]
 """The generators' state: "cpu", and "device" on a GPU."""
+
+
+class WalkPlace(NamedTuple):
+    """Where a walk through the chunks of a group is: the first chunk of the window, the chunk to be run next, both
+    counted in the group, and whether that is for its gradient."""
+
+    window_first: int
+    chunk: int
+    in_sweep_2: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

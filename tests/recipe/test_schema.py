@@ -130,6 +130,8 @@ def test_defaults() -> None:
         "keep_checkpoints": 2,
         "max_nonfinite_steps": 10,
         "report": True,
+        "loggers": [],
+        "wandb": {"project": "infctx", "entity": None, "name": None, "offline": False},
     }
 
 
@@ -406,3 +408,16 @@ def test_resolved_mapping_reads_back_equal(adapter: dict[str, Any]) -> None:
 def test_two_recipes_do_not_share_their_default_lists() -> None:
     make().data.exclude.append("x")
     assert make().data.exclude == []
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        ({"loggers": ["csv", "csv"]}, r"run\.loggers: expected each name once"),
+        ({"wandb": {"offline": True}}, r"run\.wandb: has no effect without wandb in run\.loggers"),
+        ({"loggers": ["mlflow"]}, r"run\.loggers"),
+    ],
+)
+def test_loggers_that_cannot_be(run: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        make(run=run)

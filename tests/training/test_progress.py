@@ -7,16 +7,11 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from infctx.training.progress import (
-    LiveProgress,
-    LoggedProgress,
-    Pace,
-    PlainProgress,
-    Progress,
-    SilentProgress,
-    clock_text,
-    make_progress,
-)
+from infctx.training.pace import RunPlan
+from infctx.training.progress import LoggedProgress, PlainProgress, Progress, SilentProgress, make_progress
+from infctx.training.progress_live import LiveProgress
+from infctx.training.progress_numbers import clock_text
+from infctx.training.step_work import ChunkPlace, SweepTokens
 
 
 class FakeClock:
@@ -68,7 +63,7 @@ def test_a_plain_line() -> None:
         clock.seconds += 2 / 7
         progress.step(report(step))
     assert stream.getvalue().splitlines()[1] == (
-        "step 120/400  loss 2.345  12,345 tokens/s  peak 512 MB  lr 2.0e-04  eta 1:20"
+        "step 120/400  loss 2.345  12,345 tokens/s  peak 512 MB  norm 0.50  lr 2.0e-04  eta 1:20"
     )
 
 
@@ -133,42 +128,17 @@ def test_numbers_that_are_missing_are_a_dash(value: object) -> None:
     stream = io.StringIO()
     progress = PlainProgress(stream)
     progress.start(2, [])
-    progress.step(report(1, loss=value, lr=value, tokens_per_second=value, peak_device_bytes=value))
+    progress.step(report(1, loss=value, lr=value, grad_norm=value, tokens_per_second=value, peak_device_bytes=value))
     progress.step({"step": 2})
-    assert stream.getvalue().splitlines() == [
-        "step 1/2  loss –  – tokens/s  peak 2,000 MB  lr –",
-        "step 2/2  loss –  – tokens/s  peak –  lr –  eta 0:00",
+    assert [line.removesuffix("  eta 0:00") for line in stream.getvalue().splitlines()] == [
+        "step 1/2  loss –  – tokens/s  peak 2,000 MB  norm –  lr –",
+        "step 2/2  loss –  – tokens/s  peak –  norm –  lr –",
     ]
 
 
-def test_remaining_time_starts_from_the_resumed_step_and_leaves_the_first_out() -> None:
-    clock = FakeClock()
-    pace = Pace(clock, 100)
-    clock.seconds += 60
-    pace.step(report(51))
-    assert pace.remaining_seconds() is None
-    clock.seconds += 2
-    pace.step(report(52))
-    assert pace.remaining_seconds() == pytest.approx(48 * 2)
-    clock.seconds += 4
-    pace.step(report(53))
-    assert pace.remaining_seconds() == pytest.approx(47 * 3)
-    pace.step(report(100))
-    assert pace.remaining_seconds() == 0
-
-
-def test_smoothed_loss_is_a_mean_from_the_first_step_on() -> None:
-    pace = Pace(FakeClock(), 10)
-    assert pace.smoothed_loss is None
-    pace.step(report(1, loss=4.0))
-    assert pace.smoothed_loss == pytest.approx(4.0)
-    pace.step(report(2, loss=float("nan")))
-    assert pace.smoothed_loss == pytest.approx(4.0)
-    pace.step(report(3, loss=2.0))
-    assert pace.smoothed_loss == pytest.approx((0.9 * 4 + 2) / 1.9)
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (80, "1:20"), (7280, "2:01:20")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (80, "1:20"), (7280, "2:01:20"), (200_000, "2d 8h")]
+)
 def test_clock_text(seconds: float, text: str) -> None:
     assert clock_text(seconds) == text
 
@@ -196,12 +166,13 @@ def test_live_shows_the_numbers_within_80_columns(live: tuple[LiveProgress, io.S
     progress.step(report(120, loss=2.0))
     progress.message("checkpoint runs/[x]/step-000120")
     progress.finish()
-    bar, numbers = last_frame(stream)[-2:]
+    bar, losses, speed = last_frame(stream)[-3:]
     assert "step 120/400" in bar
     assert "30%" in bar
     assert "eta 9:20" in bar
     assert "━" in bar
-    assert numbers.rstrip() == "loss 2.000  smooth 2.474  12,345 tokens/s  512 MB  lr 2.0e-04"
+    assert losses.rstrip() == "loss 2.000  smooth 2.474  norm 0.50  lr 2.0e-04"
+    assert speed.rstrip() == "12,345 tokens/s  512 MB"
     assert "Finch 1.6B [bf16] :smile:" in stream.getvalue()
     assert "checkpoint runs/[x]/step-000120" in stream.getvalue()
 
@@ -217,13 +188,12 @@ def test_live_with_the_longest_numbers_still_fits(live: tuple[LiveProgress, io.S
         )
     )
     progress.finish()
-    bar, numbers = last_frame(stream)[-2:]
-    assert len(bar) <= 80
-    assert len(numbers) <= 80
+    bar, numbers, speed = last_frame(stream)[-3:]
+    assert max(len(bar), len(numbers), len(speed)) <= 80
     assert "100001/400000" in bar
     assert re.search(r"[━╸ ]{30}", bar), "the bar itself must keep a readable length"
     assert "val 123.456" in numbers
-    assert "1,239.0 GB" in numbers
+    assert "1,239.0 GB" in speed
 
 
 def test_live_gives_the_terminal_back(live: tuple[LiveProgress, io.StringIO, FakeClock]) -> None:
@@ -330,8 +300,104 @@ def test_live_keeps_the_latest_of_every_set_on_lines_of_their_own(
     progress.step(report(119, **MIXTURE))
     progress.step(report(120, sets={"chat": {"tokens": 10, "loss": 3.0}, "long " * 20: {"tokens": 1, "loss": 1.0}}))
     progress.finish()
-    numbers, losses, validation = (line.rstrip() for line in last_frame(stream)[-3:])
+    numbers, _, losses, validation = (line.rstrip() for line in last_frame(stream)[-4:])
     assert numbers.startswith("loss 2.345  smooth 2.345  val 1.250")
     assert losses.startswith("loss code 2.100, chat 3.000, long long")
     assert len(losses) <= 80
     assert validation == "val chat 1.500, code –"
+
+
+def place(chunk: int, *, in_sweep_2: bool = False) -> ChunkPlace:
+    """A place in a step over a document of ten million tokens."""
+    return ChunkPlace(
+        step=2,
+        group=0,
+        num_groups=2,
+        chunk=chunk,
+        num_chunks=2442,
+        window=3,
+        num_windows=10,
+        in_sweep_2=in_sweep_2,
+        token=4096 * chunk,
+        chunk_tokens=4096,
+        num_tokens=10_000_000,
+        step_tokens=20_000_000,
+        done=SweepTokens(forward=4096.0 * chunk, backward=1e6 if in_sweep_2 else 0.0),
+        total=SweepTokens(forward=2e7, backward=2e7),
+    )
+
+
+IN_A_LONG_STEP = {
+    80: [
+        "step 1/400 eta 27:46:39",
+        "in step 2: chunk 812/2,442 forward  token 3.3M of 10.0M  window 4/10  group 1/2",
+        "loss 2.345  smooth 2.345  val 1.250  norm 0.50  lr 2.0e-04",
+        "1,024 tokens/s  512 MB  saved step 1, 13:32 ago",
+    ],
+    40: [
+        "step 1/400 eta 27:46:39",
+        "in step 2: chunk 812/2,442 forward",
+        "loss 2.345  smooth 2.345  val 1.250",
+        "1,024 tokens/s  512 MB",
+    ],
+    20: ["step 1/400", "in step 2: chunk 8…", "loss 2.345", "1,024 tokens/s"],
+}
+
+
+@pytest.mark.parametrize("width", list(IN_A_LONG_STEP))
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_inside_a_long_step_at_any_width(width: int, encoding: str) -> None:
+    clock = FakeClock()
+    progress = LiveProgress(Console(file=io.StringIO()), clock=clock)
+    plan = RunPlan(first_step=0, left=SweepTokens(forward=4e7, backward=4e7), backward_cost=3.0)
+    progress.start(400, [], plan)
+    progress.finish()
+    progress.step(report(1, val_loss=1.25, seconds=0.5))
+    progress.interrupted("checkpoint")
+    clock.seconds += 2
+    progress.interrupted("checkpoint", 2.0)
+    for chunk in range(812):
+        progress.chunk(place(chunk))
+        clock.seconds += 1
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    Console(file=stream, width=width, color_system=None).print(progress)
+    stream.flush()
+    lines = stream.buffer.getvalue().decode(encoding).splitlines()
+    assert all(len(line) < width for line in lines)
+    shown = [re.sub(r"[━╸=>]|\d+%|\d+:\d\d(?=  eta)", "", line) for line in lines]
+    found = [re.sub(r" {2,}eta .*", " eta ...", line) if number == 0 else line for number, line in enumerate(shown)]
+    expected = [re.sub(r"eta .*", "eta ...", line) for line in IN_A_LONG_STEP[width]]
+    if encoding == "ascii":
+        expected = [line.replace("…", ".") for line in expected]
+    assert [line.strip() for line in found] == expected
+
+
+def test_plain_lines_move_inside_a_long_step() -> None:
+    stream, clock = io.StringIO(), FakeClock()
+    progress = PlainProgress(stream, clock=clock)
+    progress.start(400, [], RunPlan(first_step=1, left=SweepTokens(forward=4e7, backward=4e7), backward_cost=3.0))
+    for chunk in range(100):
+        progress.chunk(place(chunk))
+        clock.seconds += 3
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("in step 2  chunk 21/2,442 forward  token 81.9k of 10.0M  window 4/10  group 1/2  ")
+    assert " tokens/s  eta " in lines[0]
+    progress.chunk(place(700, in_sweep_2=True))
+    assert "chunk 701/2,442 backward" in stream.getvalue()
+
+
+def test_a_checkpoint_is_told_behind_its_step() -> None:
+    stream, clock = io.StringIO(), FakeClock()
+    progress = PlainProgress(stream, clock=clock, every_seconds=60)
+    progress.start(400, [])
+    for step in (1, 2):
+        progress.step(report(step))
+    progress.interrupted("checkpoint")
+    clock.seconds += 75
+    progress.interrupted("checkpoint", 75.0)
+    assert [line.split("  ")[0] for line in stream.getvalue().splitlines()] == [
+        "step 1/400",
+        "step 2/400",
+        "checkpoint after step 2, 1:15 to write",
+    ]

@@ -15,7 +15,7 @@ from infctx.data.chunking import Chunk
 from infctx.model.finch import Finch
 from infctx.training.boundary_store import BoundaryPlan
 from infctx.training.bptt import ChunkedResult, ChunkObjective, Window, backward_through_windows
-from infctx.training.step_place import StepPlace, WindowsPlace, random_state, set_random_state
+from infctx.training.step_place import StepPlace, WalkPlace, WindowsPlace, random_state, set_random_state
 
 NUM_CHUNKS = 7
 PLANS = {"device": {}, "thinned": {"is_thinned": True}, "disk": {"where": "disk"}}
@@ -108,9 +108,9 @@ def test_left_at_any_pause(
 
     pauses = 0
 
-    def count(tell: Callable[[], WindowsPlace]) -> None:
+    def count(tell: Callable[[], WindowsPlace], here: WalkPlace) -> None:
         nonlocal pauses
-        tell()
+        assert here == (tell().first, tell().first + tell().next, tell().in_sweep_2)
         pauses += 1
 
     torch.manual_seed(9)
@@ -123,7 +123,7 @@ def test_left_at_any_pause(
         torch.manual_seed(9)
         left = leave_at
 
-        def leave(tell: Callable[[], WindowsPlace]) -> None:
+        def leave(tell: Callable[[], WindowsPlace], here: WalkPlace) -> None:
             nonlocal left
             if left == 0:
                 raise LeftHere(written_and_read(tell()), random_state(torch.device("cpu")))
