@@ -88,6 +88,8 @@ ckpt_path: null
             "epochs": 2,
             "rows": 4,
             "accumulate": 16,
+            "strategy": "deepspeed_2",
+            "offload": "optimizer",
             "precision": "bf16",
             "seed": 3941088705,
             "checkpoint_every": 50,
@@ -97,7 +99,6 @@ ckpt_path: null
     config.load(translation)
     account = translation.to_json()
     assert [one["key"] for one in account["without_counterpart"]] == [
-        "trainer.strategy",
         "trainer.logger",
         "model.n_layer",
         "data.data_path",
@@ -110,7 +111,7 @@ ckpt_path: null
 
 
 def test_the_comments_name_the_source_and_every_key_that_is_left_out(config: Any) -> None:
-    translation = config.translate(trainer={"strategy": "ddp"}, model={"position_loss_bias": 0.5, "odd": "é"})
+    translation = config.translate(trainer={"strategy": "tpu"}, model={"position_loss_bias": 0.5, "odd": "é"})
     head = translation.text[: translation.text.index("\nmodel:")]
     assert all(line.startswith("#") and len(line) <= 120 for line in head.splitlines())
     assert head.startswith("# Translated from config.yaml, a config of RWKV-infctx-trainer")
@@ -225,7 +226,6 @@ def test_a_saved_config_with_every_key(config: Any) -> None:
     translation = config.raw(SAVED)
     assert [one.key for one in translation.of_kind("without_counterpart")] == [
         "seed_everything",
-        "trainer.strategy",
         "data.world_add_endoftext_token",
     ]
     assert translation.of_kind("unknown") == []
@@ -242,7 +242,13 @@ def test_a_saved_config_with_every_key(config: Any) -> None:
         },
         "bptt": {"chunk_tokens": 2048, "window": 1},
         "optimizer": {"lr": 1e-4, **config.always},
-        "run": {"folder": "runs/config", "epochs": 1, "precision": "bf16"},
+        "run": {
+            "folder": "runs/config",
+            "epochs": 1,
+            "strategy": "deepspeed_2",
+            "offload": "optimizer",
+            "precision": "bf16",
+        },
     }
 
 

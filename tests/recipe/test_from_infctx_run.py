@@ -95,17 +95,6 @@ def test_optimizer(
 @pytest.mark.parametrize(
     ("trainer", "run"),
     [
-        ({"target_batch_size": 32}, {"accumulate": 32}),
-        ({"target_batch_size": 32, "microbatch_size": 8}, {"rows": 8, "accumulate": 4}),
-        ({"target_batch_size": 33, "microbatch_size": 8}, {"rows": 8, "accumulate": 4}),
-        ({"target_batch_size": 4, "microbatch_size": 8}, {"rows": 8}),
-        ({"target_batch_size": 256, "devices": 8, "num_nodes": 2}, {"accumulate": 256}),
-        ({"accumulate_grad_batches": 6}, {"accumulate": 6}),
-        ({"accumulate_grad_batches": 6, "devices": 4, "num_nodes": 2}, {"accumulate": 48}),
-        ({"accumulate_grad_batches": 2, "devices": [0, 1, 2], "microbatch_size": 2}, {"rows": 2, "accumulate": 6}),
-        ({"accumulate_grad_batches": 2, "devices": 1}, {"accumulate": 2, "devices": 1}),
-        ({"accumulate_grad_batches": 2, "target_batch_size": 8}, {"accumulate": 8}),
-        ({"target_batch_size": -1}, {}),
         ({"max_steps": 10}, {"steps": 10, "epochs": ...}),
         ({"max_steps": "1e3", "max_epochs": -1}, {"steps": 1000, "epochs": ...}),
         ({"max_epochs": 5}, {"epochs": 5}),
@@ -114,19 +103,13 @@ def test_optimizer(
         ({"precision": 16}, {}),
     ],
 )
-def test_batch_length_and_precision(config: Any, trainer: dict[str, Any], run: dict[str, Any]) -> None:
+def test_length_and_precision(config: Any, trainer: dict[str, Any], run: dict[str, Any]) -> None:
     translation = config.translate(trainer=trainer)
     wanted = {"folder": "runs/config", "epochs": 1, **run}
     recipe = yaml.safe_load(translation.text)
     assert recipe["run"] == {key: value for key, value in wanted.items() if value is not ...}
     is_told = [config.of(translation, f"trainer.{key}")[0] in ("translated", "without_counterpart") for key in trainer]
     assert all(is_told) or -1 in trainer.values()
-    assert any("is no multiple" in note for note in translation.notes) == (
-        trainer.get("target_batch_size", 8) % trainer.get("microbatch_size", 1) != 0
-    )
-    assert any("how many there were" in note for note in translation.notes) == (
-        trainer == {"accumulate_grad_batches": 6}
-    )
 
 
 def checkpoint(**arguments: Any) -> dict[str, Any]:
@@ -151,6 +134,15 @@ def test_callbacks_in_a_list(config: Any) -> None:
         "trainer.callbacks[2].class_path",
         "trainer.callbacks[2].init_args.dirpath",
     ]
+
+
+@pytest.mark.parametrize("value", [True, False, None, "yes"])
+def test_state_tuning(config: Any, value: object) -> None:
+    translation = config.translate(model={"state_tuning": value, "weight_decay": 0.01, "layerwise_lr": True})
+    assert config.load(translation).adapter.kind == ("state" if value is True else "full")
+    kind = {True: "translated", "yes": "without_counterpart"}.get(value, "no_effect")  # type: ignore[call-overload]
+    assert config.of(translation, "model.state_tuning")[0] == kind
+    assert any("optimizer.state_lr" in note for note in translation.notes) == (value is True)
 
 
 def test_activations_and_seed(config: Any) -> None:

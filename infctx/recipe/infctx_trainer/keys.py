@@ -13,7 +13,7 @@ class Plain(NamedTuple):
     reason: str
 
 
-_ONE_DEVICE = "One device so far: nothing is spread over several."
+_RANKS = "Each device has rows of its own; there is nothing to set."
 _LIGHTNING = "A setting of Lightning's Trainer, which does not run here."
 _STEPS = "Checkpoints are counted in steps (run.checkpoint_every) and minutes (run.checkpoint_minutes)."
 _NEWEST = "The newest checkpoints are kept, as many as run.keep_checkpoints says; none is chosen by its loss."
@@ -31,9 +31,6 @@ TOP: dict[str, Plain] = {
 
 TRAINER: dict[str, Plain] = {
     "accelerator": Plain(("gpu", "cuda", "auto"), "A GPU where there is one, else the CPU; nothing else is chosen."),
-    "num_nodes": Plain((1,), _ONE_DEVICE),
-    "strategy": Plain(("auto",), "One device so far: nothing is sharded. bptt.activations and bptt.boundaries spare "
-                      "its memory."),
     "logger": Plain((True, False), _LOGGING),
     "min_epochs": Plain((1,), "A run has one length: run.epochs or run.steps."),
     "min_steps": Plain((), "A run has one length: run.epochs or run.steps."),
@@ -55,7 +52,7 @@ TRAINER: dict[str, Plain] = {
     "deterministic": Plain((False,), "run.seed decides a run; there is nothing else to set."),
     "benchmark": Plain((False,), _LIGHTNING),
     "inference_mode": Plain((True,), _LIGHTNING),
-    "use_distributed_sampler": Plain((True, False), _ONE_DEVICE),
+    "use_distributed_sampler": Plain((True, False), _RANKS),
     "profiler": Plain((), "There is no profiler."),
     "detect_anomaly": Plain((False,), "A step with an infinite or NaN gradient is left out (run.max_nonfinite_steps)."),
     "barebones": Plain((False,), _LIGHTNING),
@@ -96,7 +93,6 @@ MODEL: dict[str, Plain] = {
     "substep_logging": Plain((False,), _LOGGING),
     "consolidated_logging": Plain((True, False), _LOGGING),
     "torch_set_float32_matmul_precision": Plain(("high",), "run.precision decides how matrix products are computed."),
-    "state_tuning": Plain((False,), "No tuning of initial states alone."),
 }
 
 DATA: dict[str, Plain] = {
@@ -145,14 +141,15 @@ PLAIN: dict[str, dict[str, Plain]] = {
 TRANSLATED: dict[str, frozenset[str]] = {
     "": frozenset({"seed_everything"}),
     "trainer": frozenset({
-        "devices", "precision", "max_epochs", "max_steps", "target_batch_size", "microbatch_size",
-        "accumulate_grad_batches", "gradient_clip_val", "callbacks.init_args.dirpath",
+        "devices", "num_nodes", "strategy", "precision", "max_epochs", "max_steps", "target_batch_size",
+        "microbatch_size", "accumulate_grad_batches", "gradient_clip_val", "callbacks.init_args.dirpath",
         "callbacks.init_args.every_n_train_steps", "callbacks.init_args.save_top_k",
     }),
     "model": frozenset({
         "load_model", "ctx_len", "lr_init", "lr_final", "lr_period", "lr_period_type", "lr_type", "warmup_steps",
         "beta1", "beta2", "adam_eps", "weight_decay", "layerwise_lr", "grad_cp", "bptt_learning",
         "bptt_learning_range", "bptt_truncated_learning", "token_loss_threshold", "token_dropout_rate",
+        "state_tuning",
     }),
     "data": frozenset({
         "data_path", "source", "source_data_dir", "source_dataset_params", "source_dataset_split", "test_split",

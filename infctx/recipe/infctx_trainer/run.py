@@ -1,8 +1,9 @@
-"""The sections trainer and model of RWKV-infctx-trainer's configs: length, batch, checkpoints, optimizer, BPTT."""
+"""The sections trainer and model of RWKV-infctx-trainer's configs: length, checkpoints, optimizer, BPTT, states."""
 
 import re
 
 from infctx.recipe.infctx_trainer.draft import Part, count, real
+from infctx.recipe.infctx_trainer.spread import translate_spread
 
 _MODEL_CHECKPOINT = "ModelCheckpoint"
 _PRECISIONS = {
@@ -15,7 +16,7 @@ _WARM_UP_ONLY = "That trainer keeps lr_init after a warm-up, and so does this re
 def translate_trainer(trainer: Part, *, stem: str) -> None:
     """Translate the section trainer. stem: of the config's name, for a run folder where there is none."""
     _length(trainer)
-    _batch(trainer)
+    translate_spread(trainer)
     _checkpoints(trainer, stem)
     clip = real(trainer.get("gradient_clip_val", 0))
     if clip is not None and clip >= 0:
@@ -41,41 +42,6 @@ def _length(trainer: Part) -> None:
     for name in ("max_steps", "max_epochs"):
         if trainer.get(name) == -1 and (steps or epochs or name == "max_steps"):
             trainer.no_effect(name)
-
-
-def _batch(trainer: Part) -> None:
-    rows = count(trainer.get("microbatch_size", 1), most=65_536) or 1
-    target = count(trainer.get("target_batch_size"), most=65_536)
-    groups = count(trainer.get("accumulate_grad_batches"), most=65_536)
-    trainer.to("microbatch_size", {"run.rows": rows})
-    devices = trainer.get("devices", "auto")
-    num_devices = len(devices) if isinstance(devices, list) else count(devices)
-    if num_devices == 1 or devices == "auto":
-        trainer.to("devices", {"run.devices": 1 if num_devices == 1 else "auto"})
-    else:
-        trainer.without(
-            "devices", "One device so far; run.accumulate makes up for the others, so the batch is the same."
-        )
-    if target:
-        trainer.to("target_batch_size", {"run.accumulate": max(1, target // rows)})
-        if target % rows:
-            trainer.draft.note(
-                f"trainer.target_batch_size: {target} is no multiple of microbatch_size {rows}: a step has "
-                f"{max(1, target // rows) * rows} rows."
-            )
-        if groups == 1:
-            trainer.no_effect("accumulate_grad_batches")
-        trainer.without("accumulate_grad_batches", "Not beside target_batch_size, which that trainer refuses too.")
-    elif groups:
-        on_all = groups * (num_devices or 1) * (count(trainer.get("num_nodes")) or 1)
-        trainer.to("accumulate_grad_batches", {"run.accumulate": min(on_all, 65_536)})
-        if num_devices is None:
-            trainer.draft.note(
-                "trainer.accumulate_grad_batches counts for each GPU, and the config does not say how many there were: "
-                "multiply run.accumulate by their number."
-            )
-    if trainer.get("target_batch_size") == -1:
-        trainer.no_effect("target_batch_size")
 
 
 def _checkpoints(trainer: Part, stem: str) -> None:
@@ -125,6 +91,23 @@ def translate_model(model: Part) -> None:
         model.to("grad_cp", {"bptt.activations": "keep"})
     elif model.get("grad_cp") is True:
         model.to("grad_cp", {"bptt.activations": "auto"})
+    _tuned_states(model)
+
+
+def _tuned_states(model: Part) -> None:
+    """The initial state alone, a key of that trainer's branch rwkv-x5-stateTune."""
+    tunes = model.get("state_tuning")
+    if tunes is True:
+        model.to("state_tuning", {"adapter.kind": "state"})
+        model.draft.note(
+            "model.state_tuning: adapter.kind: state trains the initial state and no weight, as that key was meant; "
+            "the code of the branch that had it does not freeze the weights, which adapter.kind: full with "
+            "adapter.initial_state: true says. optimizer.state_lr is a learning rate of the states' own."
+        )
+    elif tunes is False:
+        model.no_effect("state_tuning")
+    else:
+        model.without("state_tuning", "Expected true or false; adapter.kind: state trains initial states alone.")
 
 
 def _bptt(model: Part) -> None:
