@@ -164,7 +164,7 @@ def data(
     answer(account_with_facts(facts), as_json)
 
 
-app.command(epilog="Example: infctx plan recipes/finch_1b6_lora_exact.yaml --shape 1.6b --device-memory 24GB")(plan)
+app.command(epilog="Example: infctx plan recipes/finch_1b6_lora_exact.yaml --shape 1.6b --device rtx-3090")(plan)
 app.command(epilog="Example: infctx export runs/quickstart --output finch-mine.pth")(export)
 model_app.command("convert", epilog="Example: infctx model convert model.pth --format hf --output model-hf")(convert)
 

@@ -53,18 +53,26 @@ class ChunkPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerPlan:
-    """The optimizer's name, and whether weights are averaged beside it."""
+    """The optimizer's name, whether weights are averaged beside it, and whether it steps in one pass over each; None =
+    as a run does where nothing is said: on a GPU."""
 
     name: OptimizerName = "adamw"
     is_averaged: bool = False
+    is_fused: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """Bytes by part, of the rank that needs most: on its device, and in host memory for each rank."""
+    """Bytes by part, of the rank that needs most: on its device, and in host memory for each rank.
+
+    On a CPU everything is on the device. one_state: of one boundary, all rows. untouched: of the memory that is taken
+    for boundary states, what is not written to.
+    """
 
     device: dict[str, int]
     host: dict[str, int]
+    one_state: int
+    untouched: int
 
     @property
     def device_bytes(self) -> int:
@@ -97,8 +105,14 @@ def plan_memory(
         spread: over which ranks, and how.
         device: kind of device that is planned for.
     """
-    on_device, on_host = _stored(model, spread, optimizer)
-    phase = _phase(model, chunk, spread, device)
+    on_device, on_host = _stored(model, spread, optimizer, device)
+    phase = max(
+        _phase(model, chunk, spread, device),
+        Phase(
+            activations=0, weight_copies=0, working=_update_bytes(model, spread, optimizer, device), gathered=0, sent=0
+        ),
+        key=lambda phase: phase.total,
+    )
     on_device |= {
         "gathered parameters": phase.gathered,
         "activations": phase.activations,
@@ -108,19 +122,29 @@ def plan_memory(
     }
     one_state = state_bytes(ModelState.zeros(model.config, chunk.rows, dtype=torch.float32, device="meta"))
     on_device["states of the chunk"] = LIVE_STATES * one_state
+    untouched = 0
     if chunk.boundaries != "disk":
         place = on_device if chunk.boundaries == "device" else on_host
         # Memory is taken for several small ones at once.
         at_once = max(1, BLOCK_BYTES // one_state)
         place["boundary states"] = -(-chunk.boundary_states // at_once) * at_once * one_state
+        untouched = place["boundary states"] - chunk.boundary_states * one_state
     on_device["runtime"] = RUNTIME_BYTES if device == "cuda" else 0
+    if device == "cpu":
+        # Its memory is the host's.
+        on_device |= {part: on_device.get(part, 0) + size for part, size in on_host.items()}
+        on_host = {}
     return MemoryPlan(
         device={part: size for part, size in on_device.items() if size},
         host={part: size for part, size in on_host.items() if size},
+        one_state=one_state,
+        untouched=untouched,
     )
 
 
-def _stored(model: Finch, spread: Spread, optimizer: OptimizerPlan) -> tuple[dict[str, int], dict[str, int]]:
+def _stored(
+    model: Finch, spread: Spread, optimizer: OptimizerPlan, device: Device
+) -> tuple[dict[str, int], dict[str, int]]:
     """What stays from step to step, and the gradient."""
     sharded = spread.shards_parameters
     frozen = _bytes((p for p in model.parameters() if not p.requires_grad), spread, is_sharded=sharded)
@@ -128,7 +152,7 @@ def _stored(model: Finch, spread: Spread, optimizer: OptimizerPlan) -> tuple[dic
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = {"frozen weights": frozen, "trained weights": _bytes(trained, spread, is_sharded=sharded)}
     gradients = {"gradients": _elements(trained, spread, is_sharded=spread.shards_gradients) * 4}
-    moments = {"optimizer moments": _moment_bytes(trained, spread, optimizer)}
+    moments = {"optimizer moments": moment_bytes_of(trained, spread, optimizer, device)}
     if optimizer.is_averaged:
         weights["averaged weights"] = _elements(trained, spread, is_sharded=sharded) * 4
     if spread.offload == "all":
@@ -140,7 +164,20 @@ def _stored(model: Finch, spread: Spread, optimizer: OptimizerPlan) -> tuple[dic
     return weights | gradients | moments, {}
 
 
-def _moment_bytes(trained: list[nn.Parameter], spread: Spread, optimizer: OptimizerPlan) -> int:
+def _update_bytes(model: Finch, spread: Spread, optimizer: OptimizerPlan, device: Device) -> int:
+    """What AdamW holds beside its moments while it updates, when no graph is there any more."""
+    is_fused = device == "cuda" if optimizer.is_fused is None else optimizer.is_fused
+    if optimizer.name != "adamw" or is_fused or spread.offload != "none":
+        return 0
+    held = [
+        spread.elements_held(p.shape, is_sharded=spread.shards_moments) for p in model.parameters() if p.requires_grad
+    ]
+    # A CPU takes one tensor after the other, and its denominator in two pieces of memory; a GPU all at once, in one.
+    return 4 * (2 * max(held, default=0) if device == "cpu" else sum(held))
+
+
+def moment_bytes_of(trained: list[nn.Parameter], spread: Spread, optimizer: OptimizerPlan, device: Device) -> int:
+    """Bytes of the optimizer's moments and of what it keeps beside them, on the rank that has most."""
     if optimizer.name == "adamw-8bit":
         # Two codes, and for each a scale of 256 of them; small tensors keep float32.
         return sum(
@@ -148,8 +185,11 @@ def _moment_bytes(trained: list[nn.Parameter], spread: Spread, optimizer: Optimi
             for p in trained
         )
     elements = _elements(trained, spread, is_sharded=spread.shards_moments)
-    # Host copies of weights and, while it steps, of gradients. DeepSpeed's optimizers work on a copy of the weights.
-    beside = 8 if optimizer.name == "adamw-offloaded" else 4 if spread.strategy.startswith("deepspeed") else 0
+    # DeepSpeed's optimizers work on a copy of the weights.
+    beside = 4 if spread.strategy.startswith("deepspeed") else 0
+    if optimizer.name == "adamw-offloaded":
+        # Host copies of weights and, while it steps, of gradients, which on a CPU are there.
+        beside = 8 if device == "cuda" else 4
     return elements * (8 + beside)
 
 
