@@ -198,14 +198,13 @@ def probe_lines(probe: Probe) -> list[str]:
         f"Measured here, one step of {what}, {'' if probe.has_own_weights else 'random weights, '}on {probe.device}:",
         f"  {'planned':<28}{gigabytes(probe.planned_bytes):>14}",
     ]
-    for name, measured in (
-        ("allocated on the device", probe.device_bytes),
-        ("tensors alive", probe.live_bytes),
-        ("resident memory", probe.resident_bytes),
+    for name, measured, planned in (
+        ("allocated on the device", probe.device_bytes, probe.planned_bytes),
+        ("tensors alive", probe.live_bytes, probe.planned_bytes),
+        ("resident memory", probe.resident_bytes, probe.planned_resident_bytes),
     ):
         if measured:
-            off = probe.planned_bytes / measured - 1
-            lines.append(f"  {name:<28}{gigabytes(measured):>14}{off:>+10.1%}  plan beside it")
+            lines.append(f"  {name:<28}{gigabytes(measured):>14}, the plan is {planned / measured - 1:+.1%} off")
     lines.append(f"  {'time':<28}{duration(probe.seconds):>14}, {probe.tokens_per_second:,.0f} tokens/s")
     if probe.device == "cpu":
         lines.append("Not measured on a GPU: there is none here.")
