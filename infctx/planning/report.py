@@ -146,14 +146,16 @@ def command(recipe: str, fitting: Fitting) -> str:
 
 def _length_lines(report: Report) -> list[str]:
     plan, is_cpu = report.plan, report.plan.target.kind == "cpu"
-    lines = [f"{'document':>12}{'fits':>6}{'memory' if is_cpu else 'device':>12}"]
-    lines[0] += ("" if is_cpu else f"{'host':>12}") + f"{'disk':>12}{'time of one':>14}"
+    titles = ["memory" if is_cpu else "device", *([] if is_cpu else ["host"]), "disk"]
+    sizes_title = "".join(f"{title:>12}" for title in titles)
+    lines = [f"{'document':>11}{'fits':>5}{sizes_title}{'states on':>11}{'time of one':>14}"]
     for row in report.lengths:
-        needs = row.plan.needs
+        needs, place = row.plan.needs, row.plan.chunk.boundaries
         sizes = [needs.device, *([] if is_cpu else [needs.host]), needs.disk]
         fits = "?" if plan.fits is None else "no" if row.short_of else "yes"
         cells = "".join(f"{gigabytes(size or 0):>12}" for size in sizes)
-        lines.append(f"{row.tokens:>12,}{fits:>6}{cells}{duration(row.seconds):>14}")
+        where = "memory" if is_cpu and place != "disk" else place
+        lines.append(f"{row.tokens:>11,}{fits:>5}{cells}{where:>11}{duration(row.seconds):>14}")
     return [*lines, *wrapped(_longest_in_words(report)), *wrapped(_time_in_words(report))]
 
 
@@ -218,6 +220,8 @@ def wrapped(text: str) -> list[str]:
 
 def gigabytes(num_bytes: int) -> str:
     """Bytes for people: GB, of small sizes MB."""
+    if num_bytes == 0:
+        return "0"
     return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.2f} MB"
 
 
