@@ -96,7 +96,8 @@ def _beside_the_context(plan: RecipePlan) -> Room:
 
 
 def _shortens_chunks(plan: RecipePlan) -> bool:
-    return plan.spread.ranks == 1
+    """Whether a run goes on in shorter chunks when the memory runs out; a CPU's system may end it instead."""
+    return plan.spread.ranks == 1 and plan.target.kind == "cuda"
 
 
 def _fits_shortened(recipe: Recipe, plan: RecipePlan, tokens: int) -> bool:

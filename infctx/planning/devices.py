@@ -81,7 +81,8 @@ def device_named(name: str) -> DeviceSpec:
             return spec
     if wanted == "cpu":
         return cpu_here()
-    nearest = difflib.get_close_matches(wanted, device_names(), n=1, cutoff=0.3)
+    nearest = [name for name in device_names() if name.startswith(wanted)]
+    nearest = nearest or difflib.get_close_matches(wanted, device_names(), n=1, cutoff=0.3)
     guess = f" Did you mean {nearest[0]}?" if nearest else ""
     raise RecipeError(
         f"--device {name}: there is no such device here.{guess} Expected one of {', '.join(device_names())}; for "

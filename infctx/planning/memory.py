@@ -2,13 +2,14 @@
 
 What is exact, and what is assumed: weights, gradients, moments and boundary states are counts of tensors. Activations
 and working memory follow the operators (`activations.py`). Gathered parameters and buckets follow what FSDP2, DDP and
-DeepSpeed do by default, as the comments say. The device's own needs and the allocator's gaps are not in it, but for
-`RUNTIME_BYTES`.
+DeepSpeed do by default, as the comments say. A GPU's own needs and its allocator's gaps are not in it, but for
+`RUNTIME_BYTES`; on a CPU the gaps of the heap are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.planning.activations import Device, activation_bytes_per_token
 from infctx.planning.spread import Spread
-from infctx.planning.working_memory import Communication, Phase, busiest_phase
+from infctx.planning.working_memory import Communication, Phase, busy_phases
 from infctx.training.boundary_store import BLOCK_BYTES, Where, state_bytes
 from infctx.training.deepspeed_config import BUCKET_ELEMENTS
 from infctx.training.eight_bit_adamw import SMALLEST_8_BIT_ELEMENTS
@@ -28,6 +29,12 @@ from infctx.training.optim import OptimizerName
 RUNTIME_BYTES = 750_000_000
 # States of one chunk: before it, after it by layer and stacked, their gradients behind it and in front.
 LIVE_STATES = 6
+# What glibc's heap keeps, a part of the plan for CPUs.
+GAPS = "gaps of the heap"
+# glibc's threshold rises to the largest tensor that was freed, up to this.
+LARGEST_IN_HEAP = 32 * 2**20
+# Of a busy moment: the logits, their gradient, the head's, and its copy.
+_LARGEST_AT_ONCE = 4
 # DeepSpeed's own setting: what ZeRO-3 keeps gathered.
 MOST_GATHERED_ELEMENTS = 1_000_000_000
 
@@ -80,6 +87,11 @@ class MemoryPlan:
         return sum(self.device.values())
 
     @property
+    def tensor_bytes(self) -> int:
+        """Of the tensors alone: without the runtime of a GPU, and the gaps of a heap."""
+        return sum(size for part, size in self.device.items() if part not in ("runtime", GAPS))
+
+    @property
     def host_bytes(self) -> int:
         """All parts in host memory."""
         return sum(self.host.values())
@@ -106,13 +118,12 @@ def plan_memory(
         device: kind of device that is planned for.
     """
     on_device, on_host = _stored(model, spread, optimizer, device)
-    phase = max(
-        _phase(model, chunk, spread, device),
-        Phase(
-            activations=0, weight_copies=0, working=_update_bytes(model, spread, optimizer, device), gathered=0, sent=0
-        ),
-        key=lambda phase: phase.total,
-    )
+    update = _update_bytes(model, spread, optimizer, device)
+    phases = [
+        *_phases(model, chunk, spread, device),
+        Phase(activations=0, weight_copies=0, working=update, gathered=0, sent=0),
+    ]
+    phase = max(phases, key=lambda phase: phase.total)
     on_device |= {
         "gathered parameters": phase.gathered,
         "activations": phase.activations,
@@ -129,6 +140,7 @@ def plan_memory(
         at_once = max(1, BLOCK_BYTES // one_state)
         place["boundary states"] = -(-chunk.boundary_states // at_once) * at_once * one_state
         untouched = place["boundary states"] - chunk.boundary_states * one_state
+    on_device[GAPS] = _gap_bytes(model, phases, phase) if device == "cpu" else 0
     on_device["runtime"] = RUNTIME_BYTES if device == "cuda" else 0
     if device == "cpu":
         # Its memory is the host's.
@@ -140,6 +152,19 @@ def plan_memory(
         one_state=one_state,
         untouched=untouched,
     )
+
+
+def _gap_bytes(model: Finch, phases: Sequence[Phase], busiest: Phase) -> int:
+    """What glibc keeps of tensors that are freed: it maps one by one only those above its threshold.
+
+    Its heap has the place of what other moments than the busiest held, which activations do not fill as it was; and at
+    its end twice the largest tensor below the threshold, before any of it is given back. malloc(3), mallopt(3).
+    """
+    if not sys.platform.startswith("linux"):
+        return 0
+    held = sum(min(phase.working, _LARGEST_AT_ONCE * LARGEST_IN_HEAP) for phase in phases if phase is not busiest)
+    gradients = [p.numel() * 4 for p in model.parameters() if p.requires_grad]
+    return held + 2 * max((size for size in gradients if size <= LARGEST_IN_HEAP), default=0)
 
 
 def _stored(
@@ -220,10 +245,10 @@ def _communication(model: Finch, spread: Spread, device: Device) -> Communicatio
     return Communication(gathered_at_loss=gathered, gathered_at_block=gathered, sent_at_loss=sent, sent_at_block=sent)
 
 
-def _phase(model: Finch, chunk: ChunkPlan, spread: Spread, device: Device) -> Phase:
+def _phases(model: Finch, chunk: ChunkPlan, spread: Spread, device: Device) -> tuple[Phase, Phase]:
     hidden_bytes = torch.finfo(model.compute_dtype or model.embedding.weight.dtype).bits // 8
     per_token = activation_bytes_per_token(model, hidden_bytes=hidden_bytes, device=device)
-    return busiest_phase(
+    return busy_phases(
         model,
         per_token,
         num_tokens=chunk.tokens_at_once(spread),

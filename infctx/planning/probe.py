@@ -11,6 +11,7 @@ from typing import Any
 from infctx.errors import InfctxError, MachineError
 from infctx.model.config import FinchConfig
 from infctx.planning.from_recipe import Planner
+from infctx.planning.memory import GAPS
 from infctx.planning.recipe_plan import RecipePlan, Target
 from infctx.planning.settings import with_settings
 from infctx.recipe.schema import Recipe
@@ -23,10 +24,11 @@ PROBE_CHUNKS = 3
 class Probe:
     """What was measured, beside the plan of just this step on one device.
 
-    device: cpu, or a GPU's name. has_own_weights: of model.path; else random ones. planned_bytes: without the runtime.
-    planned_resident_bytes: of them, those that are written to. device_bytes: the most that torch had allocated on a
-    GPU, 0 on a CPU. live_bytes: all tensors alive at the busiest moment, 0 on a GPU. resident_bytes: the most memory of
-    the process beyond what it had before it opened the model, 0 on a GPU and where the system does not tell.
+    device: cpu, or a GPU's name. has_own_weights: of model.path; else random ones. planned_bytes: of tensors.
+    planned_resident_bytes: of those that are written to, with the gaps of the heap. device_bytes: the most that torch
+    had allocated on a GPU, 0 on a CPU. live_bytes: all tensors alive at the busiest moment, 0 on a GPU. resident_bytes:
+    the most memory of the process beyond what it had before it opened the model, 0 on a GPU and where the system does
+    not tell.
     seconds: of the step.
     """
 
@@ -92,14 +94,14 @@ def probe(recipe: Recipe, plan: RecipePlan, *, has_own_weights: bool) -> Probe:
             "tokens": tokens,
         }
     )
-    planned_bytes = planned.memory.device_bytes - planned.memory.device.get("runtime", 0)
+    memory = planned.memory
     return Probe(
         has_own_weights=has_own_weights,
         chunk_tokens=plan.chunk.chunk_tokens,
         rows=plan.chunk.rows,
         num_chunks=PROBE_CHUNKS,
-        planned_bytes=planned_bytes,
-        planned_resident_bytes=planned_bytes - planned.memory.untouched,
+        planned_bytes=memory.tensor_bytes,
+        planned_resident_bytes=memory.tensor_bytes + memory.device.get(GAPS, 0) - memory.untouched,
         **measured,
     )
 

@@ -91,6 +91,18 @@ def short_of(needs: Room, room: Room, *, tolerance: float = 0.0) -> list[Place]:
     Args:
         tolerance: part of the room by which it may be more.
     """
+    return [place for place, missing in _missing(needs, room, tolerance).items() if missing]
+
+
+def missing_bytes(needs: Room, room: Room, *, tolerance: float = 0.0) -> int:
+    """How much more is needed than there is, of all places together; see `short_of`."""
+    return sum(_missing(needs, room, tolerance).values())
+
+
+def _missing(needs: Room, room: Room, tolerance: float) -> dict[Place, int]:
     places: tuple[Place, ...] = ("device", "host", "disk")
-    sizes = [(place, needs.of(place), room.of(place)) for place in places]
-    return [place for place, need, there in sizes if there is not None and (need or 0) > (1 + tolerance) * there]
+    missing: dict[Place, int] = {}
+    for place in places:
+        if (there := room.of(place)) is not None:
+            missing[place] = max(0, (needs.of(place) or 0) - round((1 + tolerance) * there))
+    return missing

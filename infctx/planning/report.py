@@ -198,7 +198,7 @@ def probe_lines(probe: Probe) -> list[str]:
     what = f"{probe.num_chunks} chunks of {probe.chunk_tokens:,} tokens"
     lines = [
         f"Measured here, one step of {what}, {'' if probe.has_own_weights else 'random weights, '}on {probe.device}:",
-        f"  {'planned':<28}{gigabytes(probe.planned_bytes):>14}",
+        f"  {'tensors, planned':<28}{gigabytes(probe.planned_bytes):>14}",
     ]
     for name, measured, planned in (
         ("allocated on the device", probe.device_bytes, probe.planned_bytes),

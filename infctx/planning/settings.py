@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from infctx.errors import RecipeError
 from infctx.model.config import FinchConfig
 from infctx.planning.from_recipe import Planner
-from infctx.planning.recipe_plan import RecipePlan, Target, short_of
+from infctx.planning.recipe_plan import RecipePlan, Target, missing_bytes
 from infctx.recipe.run_section import SHARDING
 from infctx.recipe.schema import Recipe
 
@@ -68,11 +68,14 @@ def settings_that_fit(
     if (plan := search.fitting({})) is not None:
         return Fitting(settings={}, plan=plan)
     changes: list[Settings] = []
+    missing = search.missing_bytes({}) or 0
     for change in _changes(recipe, target):
-        if not search.is_possible(_merged([*changes, change])):
+        still_missing = search.missing_bytes(_merged([*changes, change]))
+        if still_missing is None or still_missing >= missing:
             continue
         changes.append(change)
-        if search.fitting(_merged(changes)) is not None:
+        missing = still_missing
+        if missing == 0:
             break
     else:
         return None
@@ -109,16 +112,17 @@ class _Search:
         self._document_tokens, self._tolerance = document_tokens, tolerance
         self._planners: dict[str, Planner] = {}
 
-    def is_possible(self, settings: Settings) -> bool:
+    def missing_bytes(self, settings: Settings) -> int | None:
+        """What there is too little of, all places together; None where the settings cannot be had together."""
         try:
-            self._plan(settings)
+            plan = self._plan(settings)
         except (ValidationError, RecipeError):
-            return False
-        return True
+            return None
+        return missing_bytes(plan.needs, self._target.room, tolerance=self._tolerance)
 
     def fitting(self, settings: Settings) -> RecipePlan | None:
         plan = self._plan(settings)
-        return None if short_of(plan.needs, self._target.room, tolerance=self._tolerance) else plan
+        return None if missing_bytes(plan.needs, self._target.room, tolerance=self._tolerance) else plan
 
     def _plan(self, settings: Settings) -> RecipePlan:
         recipe = with_settings(self._recipe, settings) if settings else self._recipe

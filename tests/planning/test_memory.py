@@ -135,7 +135,7 @@ def test_planned_peak_is_the_counted_one(make_finch: Callable[..., Finch], case:
     plan = plan_memory(model, chunk, device="cpu")
     # Small states come in blocks of 16 MB, beside which every error would look small.
     block = plan.device["boundary states"]
-    assert plan.device_bytes - block == pytest.approx(counted - block, rel=0.05)
+    assert plan.tensor_bytes - block == pytest.approx(counted - block, rel=0.05)
 
 
 # Nothing is saved by a recomputed block until it is computed again.
