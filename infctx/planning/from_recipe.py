@@ -14,11 +14,11 @@ from infctx.model.config import FinchConfig
 from infctx.model.finch import Finch
 from infctx.planning.activations import Device, activation_bytes_per_token
 from infctx.planning.disk import disk_bytes
-from infctx.planning.memory import ChunkPlan, MemoryPlan, OptimizerPlan, plan_memory
+from infctx.planning.memory import ChunkPlan, MemoryPlan, OptimizerPlan, plan_memory, with_boundaries
 from infctx.planning.planned_model import planned_model, released_shape, released_shapes
 from infctx.planning.recipe_plan import RecipePlan, Target
 from infctx.planning.spread import Spread, spread_of
-from infctx.planning.time_model import TimePlan, Work, plan_time
+from infctx.planning.time_model import Flops, TimePlan, Work, flops_per_token, plan_time
 from infctx.recipe.schema import Recipe
 from infctx.training.activation_memory import ACTIVATION_SHARE
 from infctx.training.boundary_store import DEVICE_SHARE, HOST_SHARE, BoundaryPlan
@@ -79,6 +79,7 @@ class Planner:
         self.spread = _checked(spread_of(self.recipe, ranks=target.ranks))
         self.precision = planned_precision(self.recipe, target.kind)
         self.model = model or planned_model(self.recipe, config, precision=self.precision)
+        self._memory_of: dict[ChunkPlan, MemoryPlan] = {}
         section = self.recipe.optimizer
         self._optimizer = OptimizerPlan(
             name=section.name,
@@ -126,7 +127,11 @@ class Planner:
     def time_of(self, document_tokens: int, chunk: ChunkPlan) -> TimePlan:
         """Of a document of this length for each row and group of ranks."""
         work = _work(self.recipe, chunk, document_tokens)
-        return plan_time(self.model, work, spread=self.spread, machine=self.target.machine)
+        return plan_time(self.model, work, spread=self.spread, machine=self.target.machine, flops=self._flops)
+
+    @functools.cached_property
+    def _flops(self) -> Flops:
+        return flops_per_token(self.model)
 
     @functools.cached_property
     def _num_parameters(self) -> int:
@@ -141,7 +146,13 @@ class Planner:
         return document_tokens
 
     def _memory(self, chunk: ChunkPlan) -> MemoryPlan:
-        return plan_memory(self.model, chunk, spread=self.spread, optimizer=self._optimizer, device=self.target.kind)
+        # All but the boundary states is the same for every length.
+        alike = replace(chunk, boundary_states=1, boundaries="device")
+        if alike not in self._memory_of:
+            self._memory_of[alike] = plan_memory(
+                self.model, alike, spread=self.spread, optimizer=self._optimizer, device=self.target.kind
+            )
+        return with_boundaries(self._memory_of[alike], chunk, self.target.kind)
 
     def _placed(self, chunk: ChunkPlan) -> ChunkPlan:
         """The same with boundary states where a run would put them."""

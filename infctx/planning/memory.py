@@ -2,14 +2,13 @@
 
 What is exact, and what is assumed: weights, gradients, moments and boundary states are counts of tensors. Activations
 and working memory follow the operators (`activations.py`). Gathered parameters and buckets follow what FSDP2, DDP and
-DeepSpeed do by default, as the comments say. A GPU's own needs and its allocator's gaps are not in it, but for
-`RUNTIME_BYTES`; on a CPU the gaps of the heap are.
+DeepSpeed do by default, as the comments say. The device's own needs and the allocator's gaps are not in it, but for
+`RUNTIME_BYTES`; what oneDNN copies for itself on a CPU is not either.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,12 +28,7 @@ from infctx.training.optim import OptimizerName
 RUNTIME_BYTES = 750_000_000
 # States of one chunk: before it, after it by layer and stacked, their gradients behind it and in front.
 LIVE_STATES = 6
-# What glibc's heap keeps, a part of the plan for CPUs.
-GAPS = "gaps of the heap"
-# glibc's threshold rises to the largest tensor that was freed, up to this.
-LARGEST_IN_HEAP = 32 * 2**20
-# Of a busy moment: the logits, their gradient, the head's, and its copy.
-_LARGEST_AT_ONCE = 4
+BOUNDARIES = "boundary states"
 # DeepSpeed's own setting: what ZeRO-3 keeps gathered.
 MOST_GATHERED_ELEMENTS = 1_000_000_000
 
@@ -79,7 +73,7 @@ class MemoryPlan:
     device: dict[str, int]
     host: dict[str, int]
     one_state: int
-    untouched: int
+    untouched: int = 0
 
     @property
     def device_bytes(self) -> int:
@@ -88,8 +82,8 @@ class MemoryPlan:
 
     @property
     def tensor_bytes(self) -> int:
-        """Of the tensors alone: without the runtime of a GPU, and the gaps of a heap."""
-        return sum(size for part, size in self.device.items() if part not in ("runtime", GAPS))
+        """Of the tensors alone, without the runtime of a GPU."""
+        return self.device_bytes - self.device.get("runtime", 0)
 
     @property
     def host_bytes(self) -> int:
@@ -133,38 +127,30 @@ def plan_memory(
     }
     one_state = state_bytes(ModelState.zeros(model.config, chunk.rows, dtype=torch.float32, device="meta"))
     on_device["states of the chunk"] = LIVE_STATES * one_state
-    untouched = 0
-    if chunk.boundaries != "disk":
-        place = on_device if chunk.boundaries == "device" else on_host
-        # Memory is taken for several small ones at once.
-        at_once = max(1, BLOCK_BYTES // one_state)
-        place["boundary states"] = -(-chunk.boundary_states // at_once) * at_once * one_state
-        untouched = place["boundary states"] - chunk.boundary_states * one_state
-    on_device[GAPS] = _gap_bytes(model, phases, phase) if device == "cpu" else 0
     on_device["runtime"] = RUNTIME_BYTES if device == "cuda" else 0
     if device == "cpu":
         # Its memory is the host's.
         on_device |= {part: on_device.get(part, 0) + size for part, size in on_host.items()}
         on_host = {}
-    return MemoryPlan(
+    without = MemoryPlan(
         device={part: size for part, size in on_device.items() if size},
         host={part: size for part, size in on_host.items() if size},
         one_state=one_state,
-        untouched=untouched,
     )
+    return with_boundaries(without, chunk, device)
 
 
-def _gap_bytes(model: Finch, phases: Sequence[Phase], busiest: Phase) -> int:
-    """What glibc keeps of tensors that are freed: it maps one by one only those above its threshold.
-
-    Its heap has the place of what other moments than the busiest held, which activations do not fill as it was; and at
-    its end twice the largest tensor below the threshold, before any of it is given back. malloc(3), mallopt(3).
-    """
-    if not sys.platform.startswith("linux"):
-        return 0
-    held = sum(min(phase.working, _LARGEST_AT_ONCE * LARGEST_IN_HEAP) for phase in phases if phase is not busiest)
-    gradients = [p.numel() * 4 for p in model.parameters() if p.requires_grad]
-    return held + 2 * max((size for size in gradients if size <= LARGEST_IN_HEAP), default=0)
+def with_boundaries(plan: MemoryPlan, chunk: ChunkPlan, device: Device) -> MemoryPlan:
+    """The same with the boundary states of this chunk plan in place of its own."""
+    on_device, on_host = ({p: s for p, s in of.items() if p != BOUNDARIES} for of in (plan.device, plan.host))
+    untouched = 0
+    if chunk.boundaries != "disk":
+        # On a CPU host memory is the device's, and memory is taken for several small ones at once.
+        place = on_host if chunk.boundaries == "host" and device != "cpu" else on_device
+        at_once = max(1, BLOCK_BYTES // plan.one_state)
+        place[BOUNDARIES] = -(-chunk.boundary_states // at_once) * at_once * plan.one_state
+        untouched = place[BOUNDARIES] - chunk.boundary_states * plan.one_state
+    return MemoryPlan(device=on_device, host=on_host, one_state=plan.one_state, untouched=untouched)
 
 
 def _stored(

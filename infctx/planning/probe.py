@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -11,13 +12,14 @@ from typing import Any
 from infctx.errors import InfctxError, MachineError
 from infctx.model.config import FinchConfig
 from infctx.planning.from_recipe import Planner
-from infctx.planning.memory import GAPS
 from infctx.planning.recipe_plan import RecipePlan, Target
 from infctx.planning.settings import with_settings
 from infctx.recipe.schema import Recipe
 
 # Enough for a chunk between two others: the first and the last of a window hold less.
 PROBE_CHUNKS = 3
+# Read by glibc: it maps what is larger by itself, and gives it back when it is freed; mallopt(3).
+SMALLEST_MAPPED_BYTES = 65_536
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +27,7 @@ class Probe:
     """What was measured, beside the plan of just this step on one device.
 
     device: cpu, or a GPU's name. has_own_weights: of model.path; else random ones. planned_bytes: of tensors.
-    planned_resident_bytes: of those that are written to, with the gaps of the heap. device_bytes: the most that torch
+    planned_resident_bytes: of those that are written to. device_bytes: the most that torch
     had allocated on a GPU, 0 on a CPU. live_bytes: all tensors alive at the busiest moment, 0 on a GPU. resident_bytes:
     the most memory of the process beyond what it had before it opened the model, 0 on a GPU and where the system does
     not tell.
@@ -101,7 +103,7 @@ def probe(recipe: Recipe, plan: RecipePlan, *, has_own_weights: bool) -> Probe:
         rows=plan.chunk.rows,
         num_chunks=PROBE_CHUNKS,
         planned_bytes=memory.tensor_bytes,
-        planned_resident_bytes=memory.tensor_bytes + memory.device.get(GAPS, 0) - memory.untouched,
+        planned_resident_bytes=memory.tensor_bytes - memory.untouched,
         **measured,
     )
 
@@ -113,6 +115,8 @@ def _as_plain(config: FinchConfig) -> dict[str, Any]:
 def _in_a_process(request: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "infctx.planning.probe_step"],
+        # Every tensor is mapped by itself: the heap's holes, which no two runs have alike, are not what is needed.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(SMALLEST_MAPPED_BYTES)},
         input=json.dumps(request),
         capture_output=True,
         text=True,

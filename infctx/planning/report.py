@@ -203,13 +203,16 @@ def probe_lines(probe: Probe) -> list[str]:
     for name, measured, planned in (
         ("allocated on the device", probe.device_bytes, probe.planned_bytes),
         ("tensors alive", probe.live_bytes, probe.planned_bytes),
-        ("resident memory", probe.resident_bytes, probe.planned_resident_bytes),
+        ("resident, without gaps", probe.resident_bytes, probe.planned_resident_bytes),
     ):
         if measured:
             lines.append(f"  {name:<28}{gigabytes(measured):>14}, the plan is {planned / measured - 1:+.1%} off")
     lines.append(f"  {'time':<28}{duration(probe.seconds):>14}, {probe.tokens_per_second:,.0f} tokens/s")
     if probe.device == "cpu":
         lines.append("Not measured on a GPU: there is none here.")
+        lines += wrapped(
+            "A run has more resident: the C library's heap keeps what is freed between two chunks for some seconds."
+        )
     return lines
 
 

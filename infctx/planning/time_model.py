@@ -160,13 +160,16 @@ class TimePlan:
         return self.seconds / self.documents
 
 
-def plan_time(model: Finch, work: Work, *, spread: Spread, machine: Machine) -> TimePlan:
+def plan_time(model: Finch, work: Work, *, spread: Spread, machine: Machine, flops: Flops | None = None) -> TimePlan:
     """Predict the time of a step.
 
     Gathering and reducing of parameters (FSDP2, ZeRO) hide behind the arithmetic of the same pass, as far as that
     lasts; everything else is waited for: what ranks that share a chunk exchange, and what comes once in a step.
+
+    Args:
+        flops: of the model, where they are counted already.
     """
-    flops = flops_per_token(model)
+    flops = flops or flops_per_token(model)
     per_token = flops.executed(sweep_1_share=work.sweep_1_chunks / work.num_chunks, is_recomputed=work.is_recomputed)
     # The rank with the longest slices.
     rank_tokens = work.rows * -(-work.document_tokens // spread.time_parallel)

@@ -48,7 +48,7 @@ def test_what_does_not_fit_ends_well_and_says_what_would(cli: Any, make_recipe: 
     arguments = ("plan", recipe, "--shape", "7b", "--device", "rtx-3060", "--tokens", "100000")
     found = cli(*arguments, "--json").ok().json
     assert (found["fits"], found["short_of"]) == (False, ["device"])
-    assert "model.quantize=nf4" in found["settings"]["overrides"]
+    assert "model.quantize=int8" in found["settings"]["overrides"]
     assert found["settings"]["device_bytes"] <= 12 * 10**9
     words = cli(*arguments).ok().out
     assert "Finch 7B, 7,635,746,816 parameters" in words
@@ -68,7 +68,7 @@ def test_full_fine_tuning_is_not_given_up_for_the_user(cli: Any, make_recipe: Ca
     assert (found["fits"], found["settings"]) == (False, None)
     assert found["largest_part"] == "optimizer moments"
     assert "Train fewer weights (adapter.kind=lora" in cli(*arguments).ok().out.replace("\n", " ")
-    sized = cli(*arguments[:-1], "80GiB", "run.strategy=fsdp", "--ranks", "16", "--json").ok().json
+    sized = cli(*arguments[:-1], "80GiB", "run.strategy=fsdp", "--ranks", "16", "--disk", "1TB", "--json").ok().json
     assert (sized["ranks"], sized["fits"]) == (16, True)
 
 
