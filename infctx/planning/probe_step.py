@@ -61,7 +61,7 @@ def measure(recipe: Recipe, config: dict[str, Any] | None, *, num_tokens: int) -
     recipe = recipe.resolved()
     engine = open_engine(devices=1, strategy="single", precision=recipe.run.precision)
     is_cpu = engine.device.type == "cpu"
-    _warm_up(engine)
+    _warm_up(recipe, engine)
     before = _resident_bytes("VmRSS") if is_cpu else 0
     model, objective = _set_up(recipe, _model(recipe, config), engine)
     with tempfile.TemporaryDirectory(prefix="infctx-probe-") as folder:
@@ -191,19 +191,21 @@ def _set_up(recipe: Recipe, model: Finch, engine: FabricEngine) -> tuple[Finch, 
     return model.train(), objective
 
 
-def _warm_up(engine: FabricEngine) -> None:
-    """A step of a tiny model: what libraries take once for themselves is no part of the step that is measured."""
+def _warm_up(like: Recipe, engine: FabricEngine) -> None:
+    """A step of a tiny model with the same kinds of parts: the code of libraries, and what they take once for
+    themselves, is no part of the step that is measured."""
     model = Finch(new_config(version="6", n_layer=1, n_embd=64, vocab_size=64))
     initialise_(model, seed=0)
     recipe = Recipe.model_validate(
         {
-            "model": {"path": "none"},
+            "model": {"path": "none", "quantize": like.model.quantize},
             "data": {"path": "none"},
-            "optimizer": {"lr": 1e-5},
+            "adapter": {"kind": like.adapter.kind},
+            "optimizer": {"lr": 1e-5, "name": like.optimizer.name},
             "bptt": {"chunk_tokens": 64, "activations": "keep", "boundaries": "device"},
             "run": {"folder": "none", "steps": 1, "precision": engine.precision},
         }
-    )
+    ).resolved()
     tiny, objective = _set_up(recipe, model, engine)
     _Steps(recipe, tiny, objective, engine, folder=Path("none"), num_tokens=128).step()
     gc.collect()

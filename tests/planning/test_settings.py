@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from infctx.model.init import new_config
 from infctx.planning.devices import Room
 from infctx.planning.from_recipe import plan_recipe
 from infctx.planning.recipe_plan import RecipePlan, Target, short_of
@@ -63,8 +64,25 @@ def test_what_is_enough_is_found_and_nothing_more(enough: dict[str, Any], keys: 
         assert short_of(plan.needs, target.room), key
 
 
+def test_what_a_later_change_makes_unnecessary_is_taken_back() -> None:
+    # Weights that are large beside the activations of a chunk.
+    config = new_config(version="6", n_layer=4, n_embd=512, vocab_size=64)
+    recipe = recipe_of(bptt={"chunk_tokens": 512, "activations": "recompute", "boundaries": "host"})
+    offloaded = {"optimizer.name": "adamw-offloaded", "model.quantize": "nf4"}
+    room = Room(device=PLENTY, host=PLENTY, disk=PLENTY)
+    needs = plan_recipe(with_settings(recipe, offloaded), config, Target(room=room), document_tokens=DOCUMENT).needs
+    target = Target(room=Room(device=needs.device, host=PLENTY, disk=PLENTY))
+    shorter = with_settings(recipe, {"bptt.chunk_tokens": 256, "optimizer.name": "adamw-offloaded"})
+    assert plan_recipe(shorter, config, target, document_tokens=DOCUMENT).fits is False
+    fitting = settings_that_fit(recipe, config, target, document_tokens=DOCUMENT)
+    assert fitting is not None
+    assert fitting.settings == offloaded
+
+
 def test_rows_become_groups_and_windows_keep_their_tokens() -> None:
-    recipe = recipe_of(bptt={**SAID, "window": 4}, run={"rows": 4, "accumulate": 2})
+    recipe = recipe_of(
+        bptt={"activations": "keep", "boundaries": "host", "window": 4}, run={"rows": 4, "accumulate": 2}
+    )
     target = room_for(
         recipe, bptt__activations="recompute", run__rows=1, run__accumulate=8, bptt__chunk_tokens=256, bptt__window=16
     )
@@ -73,6 +91,7 @@ def test_rows_become_groups_and_windows_keep_their_tokens() -> None:
     assert fitting.settings["run.rows"] * fitting.settings["run.accumulate"] == 8
     changed = with_settings(recipe, fitting.settings)
     window = changed.bptt.window
+    assert changed.bptt.chunk_tokens < 1024
     assert isinstance(window, int)
     assert window * changed.bptt.chunk_tokens == 4096
 
