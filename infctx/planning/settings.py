@@ -148,9 +148,9 @@ def _changes(recipe: Recipe, target: Target) -> Iterator[Settings]:
     if run.rows > 1:
         yield {"run.rows": 1, "run.accumulate": run.accumulate * run.rows}
     chunk, window = bptt.chunk_tokens, bptt.window
-    while chunk > SHORTEST_CHUNK_TOKENS and -(-chunk // 2) >= run.time_parallel:
-        chunk = -(-chunk // 2)
+    while chunk // 2 >= max(SHORTEST_CHUNK_TOKENS, run.time_parallel) and (window == "document" or chunk % 2 == 0):
         # A window keeps its length in tokens, and the gradient what it was.
+        chunk //= 2
         window = window if window == "document" else 2 * window
         yield {"bptt.chunk_tokens": chunk} | ({} if window == "document" else {"bptt.window": window})
     if crosses and not bptt.thin_boundaries:

@@ -66,7 +66,7 @@ def test_what_is_enough_is_found_and_nothing_more(enough: dict[str, Any], keys: 
 
 def test_what_a_later_change_makes_unnecessary_is_taken_back() -> None:
     # Weights that are large beside the activations of a chunk.
-    config = new_config(version="6", n_layer=4, n_embd=512, vocab_size=64)
+    config = new_config(version="6", n_layer=4, n_embd=1024, vocab_size=64)
     recipe = recipe_of(bptt={"chunk_tokens": 512, "activations": "recompute", "boundaries": "host"})
     offloaded = {"optimizer.name": "adamw-offloaded", "model.quantize": "int8"}
     room = Room(device=PLENTY, host=PLENTY, disk=PLENTY)
