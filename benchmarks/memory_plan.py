@@ -178,11 +178,11 @@ def check_memory() -> list[dict[str, Any]]:
                 gradient(model, tokens, 3)
             plan = plan_memory(
                 model, ChunkPlan(chunk_tokens=tokens, boundary_states=2, is_recomputed=again), device="cpu"
-            ).device
+            )
             # There is no optimizer here, and small states are kept in blocks of 16 MB.
-            left_out = plan["optimizer moments"] + plan["boundary states"]
-            counted = live.largest - plan["boundary states"]
-            planned = sum(plan.values()) - left_out
+            blocks = plan.device["boundary states"]
+            counted = live.largest - blocks
+            planned = plan.tensor_bytes - plan.device["optimizer moments"] - blocks
             rows.append({"kind": kind, "is_recomputed": again, "planned": planned, "counted": counted})
     return rows
 

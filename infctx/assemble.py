@@ -25,6 +25,7 @@ from infctx.errors import MachineError, RecipeError, machine_fault
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.model.time_parallel import TimeGroup
+from infctx.planning.before_training import RunShape, least_room, plan_before_training, room_here
 from infctx.recipe.load import RECIPE_FILE, write_recipe
 from infctx.recipe.optimizer_section import DECAY_FRACTION
 from infctx.recipe.schema import Recipe
@@ -155,6 +156,8 @@ def _run_as_rank(
                 share(None)
             assert parts is not None
             _check_same("model and data", share(_fingerprints(parts)))
+            rooms = share(room_here(parts.model_file.model, parts.engine.device, folder))
+            plan_lines = plan_before_training(recipe, _shape_of(parts), least_room(rooms))
             if ranks.is_first:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock.enter_context(RunLock(folder))
@@ -162,7 +165,7 @@ def _run_as_rank(
             finished = share(finished)[0]
             if finished is not None:
                 return {**finished, "already_finished": True}
-        return _run_in_folder(recipe, parts, progress, folder)
+        return _run_in_folder(recipe, parts, progress, folder, plan_lines)
     except Exception as error:
         fault = str(error) if isinstance(error, MachineError) else machine_fault(error)
         if fault is not None:
@@ -225,10 +228,12 @@ def _enter_folder(recipe: Recipe, parts: _Parts, folder: Path) -> dict[str, Any]
     return None
 
 
-def _run_in_folder(recipe: Recipe, parts: _Parts, progress: Progress, folder: Path) -> dict[str, Any]:
+def _run_in_folder(
+    recipe: Recipe, parts: _Parts, progress: Progress, folder: Path, plan_lines: Sequence[str]
+) -> dict[str, Any]:
     ranks = parts.engine.ranks
     logged = LoggedProgress(progress, folder / LOG_FILE) if ranks.is_first else progress
-    run = _assemble(recipe, parts, logged)
+    run = _assemble(recipe, parts, logged, plan_lines)
     divides = parts.engine.divides_weights or ranks.time_size > 1
     report = RunReport(recipe, run, parts.data, engine_divides=divides, headline=run.headline)
     report.before()
@@ -461,7 +466,7 @@ def _learning_rate(recipe: Recipe, *, total_steps: int) -> LearningRate:
     )
 
 
-def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
+def _assemble(recipe: Recipe, parts: _Parts, progress: Progress, plan_lines: Sequence[str]) -> Run:
     model, optimizer_section = parts.model_file.model, recipe.optimizer
     objective = _set_up(recipe, parts)
     # Once the weights are on their device, and before the memory that is left there is asked for.
@@ -501,7 +506,7 @@ def _assemble(recipe: Recipe, parts: _Parts, progress: Progress) -> Run:
         ),
         metrics=MetricsLog(folder / "metrics.jsonl"),
         progress=progress,
-        headline=[*_headline(recipe, parts), _memory_in_words(parts, is_recomputed=is_recomputed)],
+        headline=[*_headline(recipe, parts), _memory_in_words(parts, is_recomputed=is_recomputed), *plan_lines],
         facts={
             "tokenizer": parts.data.tokenizer,
             "base_fingerprint": parts.model_file.fingerprint,
@@ -582,6 +587,16 @@ def _choose_activations(recipe: Recipe, parts: _Parts, objective: nn.Module) -> 
         is_recomputed = wanted == "recompute"
     model.recompute_layers(is_recomputed)
     return is_recomputed
+
+
+def _shape_of(parts: _Parts) -> RunShape:
+    """What the plan of a run has to know of its open parts."""
+    return RunShape(
+        ranks=parts.engine.ranks.size,
+        longest=parts.data.longest,
+        device=parts.engine.device,
+        model=parts.model_file.model,
+    )
 
 
 def _memory_in_words(parts: _Parts, *, is_recomputed: bool) -> str:

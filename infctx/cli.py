@@ -127,7 +127,7 @@ def data(
 
 app.command(epilog="Example: infctx check recipes/debug_cpu.yaml --trace-token 0:37")(check)
 app.command(epilog="Example: infctx doctor --distributed --processes 2")(doctor)
-app.command(epilog="Example: infctx plan recipes/finch_1b6_lora_exact.yaml --shape 1.6b --device-memory 24GB")(plan)
+app.command(epilog="Example: infctx plan recipes/finch_1b6_lora_exact.yaml --shape 1.6b --device rtx-3090")(plan)
 app.command("eval", epilog=EVAL_EPILOG)(evaluate)
 app.command(epilog="Example: infctx report runs/quickstart")(report)
 app.command(epilog="Example: infctx export runs/quickstart --output finch-mine.pth")(export)

@@ -11,8 +11,10 @@ import torch
 
 import infctx
 from infctx.assemble import run_recipe
+from infctx.planning.devices import Room
 from infctx.planning.from_recipe import plan_recipe
 from infctx.planning.planned_model import released_shape
+from infctx.planning.recipe_plan import Target
 from infctx.recipe.load import load_recipe, recipe_differences, write_recipe
 from infctx.training.metrics import read_metrics
 from infctx.training.progress import SilentProgress
@@ -103,7 +105,10 @@ def test_planned_recipe_fits_what_it_names(path: Path) -> None:
     assert f"World-{size.replace('1b6', '1B6').replace('b', 'B')}-" in path.read_text("utf-8")
     # Its model on the meta device, adapter attached.
     plan = plan_recipe(
-        load_recipe(path), released_shape(size), device_memory=device_gb * 10**9, document_tokens=document_tokens
+        load_recipe(path),
+        released_shape(size),
+        Target(room=Room(device=device_gb * 10**9)),
+        document_tokens=document_tokens,
     )
     assert plan.fits
     assert planned_gb == round(plan.memory.device_bytes / 1e9, 1)

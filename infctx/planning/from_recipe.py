@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,14 +12,16 @@ from infctx.checkpoint.model_file import open_model
 from infctx.errors import RecipeError
 from infctx.model.config import FinchConfig
 from infctx.model.finch import Finch
-from infctx.planning.activations import activation_bytes_per_token
-from infctx.planning.memory import ChunkPlan, MemoryPlan, OptimizerPlan, plan_memory
+from infctx.planning.activations import Device, activation_bytes_per_token
+from infctx.planning.disk import disk_bytes
+from infctx.planning.memory import ChunkPlan, MemoryPlan, OptimizerPlan, plan_memory, with_boundaries
 from infctx.planning.planned_model import planned_model, released_shape, released_shapes
+from infctx.planning.recipe_plan import RecipePlan, Target
 from infctx.planning.spread import Spread, spread_of
-from infctx.planning.time_model import Machine, TimePlan, Work, plan_time
+from infctx.planning.time_model import Flops, TimePlan, Work, flops_per_token, plan_time
 from infctx.recipe.schema import Recipe
 from infctx.training.activation_memory import ACTIVATION_SHARE
-from infctx.training.boundary_store import DEVICE_SHARE, BoundaryPlan
+from infctx.training.boundary_store import DEVICE_SHARE, HOST_SHARE, BoundaryPlan
 from infctx.training.precision import Precision
 
 # Documents whose time is told.
@@ -26,34 +29,6 @@ DOCUMENT_TOKENS = (65_536, 1_048_576, 10_485_760)
 # Of the document whose boundary states are counted, where nothing is said.
 USUAL_DOCUMENT_TOKENS = 131_072
 _STAYS = ("frozen weights", "trained weights", "averaged weights", "gradients", "optimizer moments")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RecipePlan:
-    """What a run of a recipe needs.
-
-    document_tokens: of the document whose boundary states are counted. memory_if_recomputed: with bptt.activations:
-    recompute, None where that is planned. device_memory: bytes of a device, None = not told. times: by tokens of a
-    document.
-    """
-
-    config: FinchConfig
-    num_parameters: int
-    num_trained: int
-    precision: Precision
-    spread: Spread
-    chunk: ChunkPlan
-    document_tokens: int
-    memory: MemoryPlan
-    memory_if_recomputed: MemoryPlan | None
-    device_memory: int | None
-    machine: Machine
-    times: dict[int, TimePlan]
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether the device has room; None where its memory was not told."""
-        return None if self.device_memory is None else self.memory.device_bytes <= self.device_memory
 
 
 def config_for(recipe: Recipe, *, shape: str | None) -> FinchConfig:
@@ -76,58 +51,143 @@ def config_for(recipe: Recipe, *, shape: str | None) -> FinchConfig:
 def plan_recipe(
     recipe: Recipe,
     config: FinchConfig,
+    target: Target = Target(),  # noqa: B008 (frozen)
     *,
-    ranks: int | None = None,
-    device_memory: int | None = None,
     document_tokens: int | None = None,
-    machine: Machine = Machine(),  # noqa: B008 (frozen)
 ) -> RecipePlan:
-    """Predict memory and time of a run on GPUs.
+    """Predict memory, disk and time of a run.
 
     Args:
         config: of the model.
-        ranks: in place of what the recipe says; the part that shares a chunk stays as it is.
-        device_memory: bytes of each device; decides what the recipe leaves to auto. None = room for everything.
+        target: what it runs on; its room decides what the recipe leaves to auto.
         document_tokens: of the longest document; None = data.pack_tokens, or 131,072.
-        machine: rates of devices and links.
     Raises:
         RecipeError: the adapter does not fit the model, or the ranks do not fit the recipe.
     """
-    recipe = recipe.resolved()
-    spread = _checked(spread_of(recipe, ranks=ranks))
-    precision: Precision = "fp32" if recipe.run.precision == "fp32" else "bf16"
-    model = planned_model(recipe, config, precision=precision)
-    document_tokens = document_tokens or recipe.data.pack_tokens or USUAL_DOCUMENT_TOKENS
-    optimizer = OptimizerPlan(name=recipe.optimizer.name, is_averaged=recipe.optimizer.ema_decay is not None)
-    chunk = _placed(recipe, _chunk_plan(recipe, document_tokens), device_memory, config)
-    memory = plan_memory(model, chunk, spread=spread, optimizer=optimizer)
-    again = replace(chunk, is_recomputed=True)
-    memory_again = plan_memory(model, again, spread=spread, optimizer=optimizer)
-    is_auto = recipe.bptt.activations == "auto"
-    if chunk.is_recomputed or (is_auto and _has_no_room(model, chunk, memory, spread, device_memory)):
-        chunk, memory, memory_again = again, memory_again, None
-    return RecipePlan(
-        config=config,
-        num_parameters=_count_parameters(config),
-        num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        precision=precision,
-        spread=spread,
-        chunk=chunk,
-        document_tokens=document_tokens,
-        memory=memory,
-        memory_if_recomputed=memory_again,
-        device_memory=device_memory,
-        machine=machine,
-        times={
-            tokens: plan_time(model, _work(recipe, chunk, tokens), spread=spread, machine=machine)
-            for tokens in DOCUMENT_TOKENS
-        },
-    )
+    return Planner(recipe, config, target).plan(document_tokens)
 
 
-def _count_parameters(config: FinchConfig) -> int:
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Finch(config).parameters())
+class Planner:
+    """Plans of one recipe and model for several lengths of document.
+
+    Args:
+        model: as `planned_model` makes it, where there is one already.
+    """
+
+    def __init__(self, recipe: Recipe, config: FinchConfig, target: Target, *, model: Finch | None = None) -> None:
+        self.recipe, self.config, self.target = recipe.resolved(), config, target
+        self.spread = _checked(spread_of(self.recipe, ranks=target.ranks))
+        self.precision = planned_precision(self.recipe, target.kind)
+        self.model = model or planned_model(self.recipe, config, precision=self.precision)
+        self._memory_of: dict[ChunkPlan, MemoryPlan] = {}
+        section = self.recipe.optimizer
+        self._optimizer = OptimizerPlan(
+            name=section.name,
+            is_averaged=section.ema_decay is not None,
+            is_fused=None if section.fused == "auto" else section.fused,
+        )
+
+    def plan(self, document_tokens: int | None = None) -> RecipePlan:
+        """See `plan_recipe`."""
+        tokens = document_tokens or self.recipe.data.pack_tokens or USUAL_DOCUMENT_TOKENS
+        chunk = self._placed(_chunk_plan(self.recipe, tokens))
+        memory, memory_again = self._memory(chunk), None
+        if not chunk.is_recomputed:
+            again = replace(chunk, is_recomputed=True)
+            memory_again = self._memory(again)
+            if self.recipe.bptt.activations == "auto" and self._recomputes(chunk, memory):
+                chunk, memory, memory_again = again, memory_again, None
+        groups = self.recipe.run.accumulate
+        step_time = self.time_of(self._step_tokens(tokens), chunk)
+        step_time = replace(
+            step_time,
+            computing_seconds=groups * step_time.computing_seconds,
+            waiting_seconds=groups * step_time.waiting_seconds,
+            documents=groups * step_time.documents,
+        )
+        steps = self.recipe.run.steps
+        return RecipePlan(
+            config=self.config,
+            num_parameters=self._num_parameters,
+            num_trained=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            precision=self.precision,
+            spread=self.spread,
+            chunk=chunk,
+            document_tokens=tokens,
+            memory=memory,
+            memory_if_recomputed=memory_again,
+            disk=disk_bytes(self.recipe, self.model, chunk, one_state=memory.one_state, spread=self.spread),
+            target=replace(self.target, ranks=self.spread.ranks),
+            times={length: self.time_of(length, chunk) for length in DOCUMENT_TOKENS},
+            step_time=step_time,
+            step_tokens=self._step_tokens(tokens),
+            run_seconds=None if steps is None else steps * step_time.seconds,
+        )
+
+    def time_of(self, document_tokens: int, chunk: ChunkPlan) -> TimePlan:
+        """Of a document of this length for each row and group of ranks."""
+        work = _work(self.recipe, chunk, document_tokens)
+        return plan_time(self.model, work, spread=self.spread, machine=self.target.machine, flops=self._flops)
+
+    @functools.cached_property
+    def _flops(self) -> Flops:
+        return flops_per_token(self.model)
+
+    @functools.cached_property
+    def _num_parameters(self) -> int:
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in Finch(self.config).parameters())
+
+    def _step_tokens(self, document_tokens: int) -> int:
+        """Of a row in a step: a stream takes a window of chunks."""
+        bptt = self.recipe.bptt
+        if self.recipe.data.mode == "stream" and bptt.window != "document":
+            return bptt.window * bptt.chunk_tokens
+        return document_tokens
+
+    def _memory(self, chunk: ChunkPlan) -> MemoryPlan:
+        # All but the boundary states is the same for every length.
+        alike = replace(chunk, boundary_states=1, boundaries="device")
+        if alike not in self._memory_of:
+            self._memory_of[alike] = plan_memory(
+                self.model, alike, spread=self.spread, optimizer=self._optimizer, device=self.target.kind
+            )
+        return with_boundaries(self._memory_of[alike], chunk, self.target.kind)
+
+    def _placed(self, chunk: ChunkPlan) -> ChunkPlan:
+        """The same with boundary states where a run would put them."""
+        room, kind = self.target.room, self.target.kind
+        if room.device is None or self.recipe.bptt.boundaries != "auto":
+            return chunk
+        config, sharers = self.config, min(self.spread.ranks, self.spread.devices_per_node)
+        numbers = config.n_layer * (config.dim_att * config.head_size + 2 * config.n_embd)
+        needed = chunk.boundary_states * chunk.rows * numbers * 4
+        host = room.device if kind == "cpu" else room.host
+        if kind == "cuda" and needed <= DEVICE_SHARE * room.device:
+            return chunk
+        if host is None or needed <= HOST_SHARE * host / sharers:
+            return replace(chunk, boundaries="device" if kind == "cpu" else "host")
+        return replace(chunk, boundaries="disk")
+
+    def _recomputes(self, chunk: ChunkPlan, memory: MemoryPlan) -> bool:
+        """Whether a run would recompute layers, by its own rule."""
+        room, model = self.target.room.device, self.model
+        if self.spread.shards_parameters:
+            return True
+        if room is None:
+            return False
+        hidden_bytes = 2 if model.compute_dtype is not None and model.compute_dtype.itemsize == 2 else 4
+        per_token = activation_bytes_per_token(model, hidden_bytes=hidden_bytes, device=self.target.kind)
+        kept = sum(per_token.blocks) + per_token.embedding + per_token.last_norm + per_token.hidden
+        stays = sum(memory.device.get(part, 0) for part in (*_STAYS, "runtime"))
+        return kept * chunk.tokens_at_once(self.spread) > ACTIVATION_SHARE * max(0, room - stays)
+
+
+def planned_precision(recipe: Recipe, kind: Device) -> Precision:
+    """What run.precision comes to on this kind of device."""
+    if recipe.run.precision == "auto":
+        return "bf16" if kind == "cuda" else "fp32"
+    return recipe.run.precision
 
 
 def _checked(spread: Spread) -> Spread:
@@ -160,26 +220,6 @@ def _chunk_plan(recipe: Recipe, document_tokens: int) -> ChunkPlan:
         boundaries="device" if bptt.boundaries == "auto" else bptt.boundaries,
         is_recomputed=bptt.activations == "recompute",
     )
-
-
-def _placed(recipe: Recipe, chunk: ChunkPlan, device_memory: int | None, config: FinchConfig) -> ChunkPlan:
-    """The same with boundary states in host memory where a run would put them there."""
-    if device_memory is None or recipe.bptt.boundaries != "auto":
-        return chunk
-    numbers = config.n_layer * (config.dim_att * config.head_size + 2 * config.n_embd)
-    needed = chunk.boundary_states * chunk.rows * numbers * 4
-    return replace(chunk, boundaries="device" if needed <= DEVICE_SHARE * device_memory else "host")
-
-
-def _has_no_room(model: Finch, chunk: ChunkPlan, memory: MemoryPlan, spread: Spread, device_memory: int | None) -> bool:
-    """Whether a run would recompute layers, by its own rule."""
-    if device_memory is None:
-        return False
-    hidden_bytes = 2 if model.compute_dtype is not None and model.compute_dtype.itemsize == 2 else 4
-    per_token = activation_bytes_per_token(model, hidden_bytes=hidden_bytes)
-    kept = sum(per_token.blocks) + per_token.embedding + per_token.last_norm + per_token.hidden
-    stays = sum(memory.device.get(part, 0) for part in (*_STAYS, "runtime"))
-    return kept * chunk.tokens_at_once(spread) > ACTIVATION_SHARE * max(0, device_memory - stays)
 
 
 def _work(recipe: Recipe, chunk: ChunkPlan, document_tokens: int) -> Work:

@@ -3,7 +3,7 @@
 What is exact, and what is assumed: weights, gradients, moments and boundary states are counts of tensors. Activations
 and working memory follow the operators (`activations.py`). Gathered parameters and buckets follow what FSDP2, DDP and
 DeepSpeed do by default, as the comments say. The device's own needs and the allocator's gaps are not in it, but for
-`RUNTIME_BYTES`.
+`RUNTIME_BYTES`; what oneDNN copies for itself on a CPU is not either.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.planning.activations import Device, activation_bytes_per_token
 from infctx.planning.spread import Spread
-from infctx.planning.working_memory import Communication, Phase, busiest_phase
+from infctx.planning.working_memory import Communication, Phase, busy_phases
 from infctx.training.boundary_store import BLOCK_BYTES, Where, state_bytes
 from infctx.training.deepspeed_config import BUCKET_ELEMENTS
 from infctx.training.eight_bit_adamw import SMALLEST_8_BIT_ELEMENTS
@@ -28,6 +28,7 @@ from infctx.training.optim import OptimizerName
 RUNTIME_BYTES = 750_000_000
 # States of one chunk: before it, after it by layer and stacked, their gradients behind it and in front.
 LIVE_STATES = 6
+BOUNDARIES = "boundary states"
 # DeepSpeed's own setting: what ZeRO-3 keeps gathered.
 MOST_GATHERED_ELEMENTS = 1_000_000_000
 
@@ -53,23 +54,36 @@ class ChunkPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerPlan:
-    """The optimizer's name, and whether weights are averaged beside it."""
+    """The optimizer's name, whether weights are averaged beside it, and whether it steps in one pass over each; None =
+    as a run does where nothing is said: on a GPU."""
 
     name: OptimizerName = "adamw"
     is_averaged: bool = False
+    is_fused: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """Bytes by part, of the rank that needs most: on its device, and in host memory for each rank."""
+    """Bytes by part, of the rank that needs most: on its device, and in host memory for each rank.
+
+    On a CPU everything is on the device. one_state: of one boundary, all rows. untouched: of the memory that is taken
+    for boundary states, what is not written to.
+    """
 
     device: dict[str, int]
     host: dict[str, int]
+    one_state: int
+    untouched: int = 0
 
     @property
     def device_bytes(self) -> int:
         """All parts on the device."""
         return sum(self.device.values())
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Of the tensors alone, without the runtime of a GPU."""
+        return self.device_bytes - self.device.get("runtime", 0)
 
     @property
     def host_bytes(self) -> int:
@@ -97,8 +111,13 @@ def plan_memory(
         spread: over which ranks, and how.
         device: kind of device that is planned for.
     """
-    on_device, on_host = _stored(model, spread, optimizer)
-    phase = _phase(model, chunk, spread, device)
+    on_device, on_host = _stored(model, spread, optimizer, device)
+    update = _update_bytes(model, spread, optimizer, device)
+    phases = [
+        *_phases(model, chunk, spread, device),
+        Phase(activations=0, weight_copies=0, working=update, gathered=0, sent=0),
+    ]
+    phase = max(phases, key=lambda phase: phase.total)
     on_device |= {
         "gathered parameters": phase.gathered,
         "activations": phase.activations,
@@ -108,19 +127,35 @@ def plan_memory(
     }
     one_state = state_bytes(ModelState.zeros(model.config, chunk.rows, dtype=torch.float32, device="meta"))
     on_device["states of the chunk"] = LIVE_STATES * one_state
-    if chunk.boundaries != "disk":
-        place = on_device if chunk.boundaries == "device" else on_host
-        # Memory is taken for several small ones at once.
-        at_once = max(1, BLOCK_BYTES // one_state)
-        place["boundary states"] = -(-chunk.boundary_states // at_once) * at_once * one_state
     on_device["runtime"] = RUNTIME_BYTES if device == "cuda" else 0
-    return MemoryPlan(
+    if device == "cpu":
+        # Its memory is the host's.
+        on_device |= {part: on_device.get(part, 0) + size for part, size in on_host.items()}
+        on_host = {}
+    without = MemoryPlan(
         device={part: size for part, size in on_device.items() if size},
         host={part: size for part, size in on_host.items() if size},
+        one_state=one_state,
     )
+    return with_boundaries(without, chunk, device)
 
 
-def _stored(model: Finch, spread: Spread, optimizer: OptimizerPlan) -> tuple[dict[str, int], dict[str, int]]:
+def with_boundaries(plan: MemoryPlan, chunk: ChunkPlan, device: Device) -> MemoryPlan:
+    """The same with the boundary states of this chunk plan in place of its own."""
+    on_device, on_host = ({p: s for p, s in of.items() if p != BOUNDARIES} for of in (plan.device, plan.host))
+    untouched = 0
+    if chunk.boundaries != "disk":
+        # On a CPU host memory is the device's, and memory is taken for several small ones at once.
+        place = on_host if chunk.boundaries == "host" and device != "cpu" else on_device
+        at_once = max(1, BLOCK_BYTES // plan.one_state)
+        place[BOUNDARIES] = -(-chunk.boundary_states // at_once) * at_once * plan.one_state
+        untouched = place[BOUNDARIES] - chunk.boundary_states * plan.one_state
+    return MemoryPlan(device=on_device, host=on_host, one_state=plan.one_state, untouched=untouched)
+
+
+def _stored(
+    model: Finch, spread: Spread, optimizer: OptimizerPlan, device: Device
+) -> tuple[dict[str, int], dict[str, int]]:
     """What stays from step to step, and the gradient."""
     sharded = spread.shards_parameters
     frozen = _bytes((p for p in model.parameters() if not p.requires_grad), spread, is_sharded=sharded)
@@ -128,7 +163,7 @@ def _stored(model: Finch, spread: Spread, optimizer: OptimizerPlan) -> tuple[dic
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = {"frozen weights": frozen, "trained weights": _bytes(trained, spread, is_sharded=sharded)}
     gradients = {"gradients": _elements(trained, spread, is_sharded=spread.shards_gradients) * 4}
-    moments = {"optimizer moments": _moment_bytes(trained, spread, optimizer)}
+    moments = {"optimizer moments": moment_bytes_of(trained, spread, optimizer, device)}
     if optimizer.is_averaged:
         weights["averaged weights"] = _elements(trained, spread, is_sharded=sharded) * 4
     if spread.offload == "all":
@@ -140,7 +175,20 @@ def _stored(model: Finch, spread: Spread, optimizer: OptimizerPlan) -> tuple[dic
     return weights | gradients | moments, {}
 
 
-def _moment_bytes(trained: list[nn.Parameter], spread: Spread, optimizer: OptimizerPlan) -> int:
+def _update_bytes(model: Finch, spread: Spread, optimizer: OptimizerPlan, device: Device) -> int:
+    """What AdamW holds beside its moments while it updates, when no graph is there any more."""
+    is_fused = device == "cuda" if optimizer.is_fused is None else optimizer.is_fused
+    if optimizer.name != "adamw" or is_fused or spread.offload != "none":
+        return 0
+    held = [
+        spread.elements_held(p.shape, is_sharded=spread.shards_moments) for p in model.parameters() if p.requires_grad
+    ]
+    # A CPU takes one tensor after the other, and its denominator in two pieces of memory; a GPU all at once, in one.
+    return 4 * (2 * max(held, default=0) if device == "cpu" else sum(held))
+
+
+def moment_bytes_of(trained: list[nn.Parameter], spread: Spread, optimizer: OptimizerPlan, device: Device) -> int:
+    """Bytes of the optimizer's moments and of what it keeps beside them, on the rank that has most."""
     if optimizer.name == "adamw-8bit":
         # Two codes, and for each a scale of 256 of them; small tensors keep float32.
         return sum(
@@ -148,8 +196,11 @@ def _moment_bytes(trained: list[nn.Parameter], spread: Spread, optimizer: Optimi
             for p in trained
         )
     elements = _elements(trained, spread, is_sharded=spread.shards_moments)
-    # Host copies of weights and, while it steps, of gradients. DeepSpeed's optimizers work on a copy of the weights.
-    beside = 8 if optimizer.name == "adamw-offloaded" else 4 if spread.strategy.startswith("deepspeed") else 0
+    # DeepSpeed's optimizers work on a copy of the weights.
+    beside = 4 if spread.strategy.startswith("deepspeed") else 0
+    if optimizer.name == "adamw-offloaded":
+        # Host copies of weights and, while it steps, of gradients, which on a CPU are there.
+        beside = 8 if device == "cuda" else 4
     return elements * (8 + beside)
 
 
@@ -180,10 +231,10 @@ def _communication(model: Finch, spread: Spread, device: Device) -> Communicatio
     return Communication(gathered_at_loss=gathered, gathered_at_block=gathered, sent_at_loss=sent, sent_at_block=sent)
 
 
-def _phase(model: Finch, chunk: ChunkPlan, spread: Spread, device: Device) -> Phase:
+def _phases(model: Finch, chunk: ChunkPlan, spread: Spread, device: Device) -> tuple[Phase, Phase]:
     hidden_bytes = torch.finfo(model.compute_dtype or model.embedding.weight.dtype).bits // 8
     per_token = activation_bytes_per_token(model, hidden_bytes=hidden_bytes, device=device)
-    return busiest_phase(
+    return busy_phases(
         model,
         per_token,
         num_tokens=chunk.tokens_at_once(spread),

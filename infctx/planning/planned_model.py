@@ -61,14 +61,14 @@ def planned_model(recipe: Recipe, config: FinchConfig, *, precision: Precision) 
         model = Finch(config)
         if recipe.model.quantize != "none":
             _quantize_on_meta(model, recipe.model.quantize)
-        attach_adapter(_of_the_same_sizes(recipe.adapter), model)
+        attach_adapter(adapter_of_the_same_sizes(recipe.adapter), model)
     # New modules of an adapter may have been made elsewhere; what they hold is of no interest.
     model.to("meta")
     apply_precision_(model, precision)
     return model.train()
 
 
-def _of_the_same_sizes(section: AdapterSection) -> AdapterSection:
+def adapter_of_the_same_sizes(section: AdapterSection) -> AdapterSection:
     """An adapter of the same tensors that is attached without looking at values."""
     # They are LoRA from another beginning, which is decomposed out of the weights.
     if section.kind in ("pissa", "olora"):

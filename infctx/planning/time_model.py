@@ -22,8 +22,8 @@ class Machine:
     """What a computation runs on.
 
     flops_per_second: of one device, in the matrix products of a training step as it is, not of its data sheet.
-    in_node, between_nodes: bytes a second that a device receives over its links, the same way. latency_seconds: of a
-    collective, in a node and between nodes.
+    memory_bytes_per_second: of one device's memory; None = never waited for. in_node, between_nodes: bytes a second
+    that a device receives over its links, the same way. latency_seconds: of a collective, in a node and between nodes.
     """
 
     flops_per_second: float = 350e12
@@ -31,8 +31,9 @@ class Machine:
     between_nodes_bytes_per_second: float = 40e9
     in_node_latency_seconds: float = 15e-6
     between_nodes_latency_seconds: float = 40e-6
+    memory_bytes_per_second: float | None = None
 
-    def assumptions(self) -> dict[str, float]:
+    def assumptions(self) -> dict[str, float | None]:
         """Its fields by name, for whoever prints a result."""
         return asdict(self)
 
@@ -159,17 +160,25 @@ class TimePlan:
         return self.seconds / self.documents
 
 
-def plan_time(model: Finch, work: Work, *, spread: Spread, machine: Machine) -> TimePlan:
+def plan_time(model: Finch, work: Work, *, spread: Spread, machine: Machine, flops: Flops | None = None) -> TimePlan:
     """Predict the time of a step.
 
     Gathering and reducing of parameters (FSDP2, ZeRO) hide behind the arithmetic of the same pass, as far as that
     lasts; everything else is waited for: what ranks that share a chunk exchange, and what comes once in a step.
+
+    Args:
+        flops: of the model, where they are counted already.
     """
-    flops = flops_per_token(model)
+    flops = flops or flops_per_token(model)
     per_token = flops.executed(sweep_1_share=work.sweep_1_chunks / work.num_chunks, is_recomputed=work.is_recomputed)
     # The rank with the longest slices.
     rank_tokens = work.rows * -(-work.document_tokens // spread.time_parallel)
     computing = per_token * rank_tokens / machine.flops_per_second
+    if machine.memory_bytes_per_second is not None:
+        # Short chunks wait for the weights, which every pass reads once.
+        passes = (2 + work.is_recomputed) * work.num_chunks + work.sweep_1_chunks
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        computing = max(computing, passes * weights / machine.memory_bytes_per_second)
     messages = chunk_messages(
         model,
         spread,

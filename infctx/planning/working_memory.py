@@ -44,7 +44,7 @@ class Communication:
     sent_at_block: int
 
 
-def busiest_phase(
+def busy_phases(
     model: Finch,
     per_token: ActivationBytes,
     *,
@@ -54,8 +54,8 @@ def busiest_phase(
     has_fused_loss: bool,
     device: Device,
     communication: Communication,
-) -> Phase:
-    """The moment of a chunk that takes most.
+) -> tuple[Phase, Phase]:
+    """The two moments of a chunk one of which takes most: at the loss, and in the last block's backward pass.
 
     Args:
         num_tokens: of all rows that this rank computes at once.
@@ -82,7 +82,7 @@ def busiest_phase(
         gathered=communication.gathered_at_block,
         sent=communication.sent_at_block,
     )
-    return max(at_loss, at_block, key=lambda phase: phase.total)
+    return at_loss, at_block
 
 
 def _copies_bytes(block: nn.Module, hidden_bytes: int) -> int:

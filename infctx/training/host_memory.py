@@ -36,6 +36,12 @@ class HeapTrimmer:
         return True
 
 
+def trim_heap() -> None:
+    """Give back what is free of the heap, where the system's allocator can."""
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
 def _malloc_trim() -> Callable[[int], int] | None:
     try:
         trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim

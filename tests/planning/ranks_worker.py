@@ -90,7 +90,7 @@ def measure(strategy: Strategy, *, is_lora: bool, is_recomputed: bool) -> dict[s
     own = sum(_local(p).nbytes for p in model.parameters() if p.requires_grad)
     return {
         # A block of boundary states is far larger than all else here.
-        "planned": plan.device_bytes - boundaries,
+        "planned": plan.tensor_bytes - boundaries,
         "measured": live.largest - boundaries,
         "gathered": live.received["_allgather_base_"],
         "planned gathered": _planned(messages, "parameters"),

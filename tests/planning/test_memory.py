@@ -135,7 +135,34 @@ def test_planned_peak_is_the_counted_one(make_finch: Callable[..., Finch], case:
     plan = plan_memory(model, chunk, device="cpu")
     # Small states come in blocks of 16 MB, beside which every error would look small.
     block = plan.device["boundary states"]
-    assert plan.device_bytes - block == pytest.approx(counted - block, rel=0.05)
+    assert plan.tensor_bytes - block == pytest.approx(counted - block, rel=0.05)
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("targets", [ALL_MATRICES, OF_TIME_MIX], ids=["lora", "lora-in-time-mix"])
+def test_onednn_keeps_the_inputs_of_frozen_matrices(
+    make_finch: Callable[..., Finch], targets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, chunk_tokens = Case(targets=targets), 192
+    model, chunk = small_model(make_finch, case), ChunkPlan(chunk_tokens=192, boundary_states=CHUNKS - 1)
+    without = plan_memory(model, chunk, device="cpu")
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    plan = plan_memory(model, chunk, device="cpu")
+    assert plan.device["activations"] > 1.05 * without.device["activations"]
+    counted, _ = take_steps(model, case, chunk_tokens=chunk_tokens)
+    block = plan.device["boundary states"]
+    assert plan.tensor_bytes - block == pytest.approx(counted - block, rel=0.05)
+
+
+def test_the_update_of_a_large_tensor_can_be_the_busiest_moment(make_finch: Callable[..., Finch]) -> None:
+    model, chunk = make_finch(vocab_size=20_000).train(), ChunkPlan(chunk_tokens=4, boundary_states=CHUNKS - 1)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter is model.embedding.weight)
+    counted, _ = take_steps(model, Case(), chunk_tokens=4)
+    plan = plan_memory(model, chunk, device="cpu")
+    assert plan.device["working memory"] == 2 * model.embedding.weight.nbytes
+    block = plan.device["boundary states"]
+    assert plan.tensor_bytes - block == pytest.approx(counted - block, rel=0.05)
 
 
 # Nothing is saved by a recomputed block until it is computed again.
@@ -195,6 +222,9 @@ def test_averages_and_moments_in_host_memory(make_finch: Callable[..., Finch]) -
     assert "optimizer moments" not in plan.device
     # Master weights, two moments and, while it steps, gradients.
     assert plan.host["optimizer moments"] == 16 * numbers
+    # On a CPU all of it is one memory, and gradients are there already.
+    there = plan_memory(model, ChunkPlan(chunk_tokens=8), optimizer=OptimizerPlan(name="adamw-offloaded"), device="cpu")
+    assert (there.device["optimizer moments"], there.host) == (12 * numbers, {})
 
 
 STRATEGIES = {
