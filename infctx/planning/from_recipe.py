@@ -19,6 +19,7 @@ from infctx.planning.planned_model import planned_model, released_shape, release
 from infctx.planning.recipe_plan import RecipePlan, Target
 from infctx.planning.spread import Spread, spread_of
 from infctx.planning.time_model import Flops, TimePlan, Work, flops_per_token, plan_time
+from infctx.recipe.run_section import SHARDING
 from infctx.recipe.schema import Recipe
 from infctx.training.activation_memory import ACTIVATION_SHARE
 from infctx.training.boundary_store import DEVICE_SHARE, HOST_SHARE, BoundaryPlan
@@ -95,7 +96,9 @@ class Planner:
         if not chunk.is_recomputed:
             again = replace(chunk, is_recomputed=True)
             memory_again = self._memory(again)
-            if self.recipe.bptt.activations == "auto" and self._recomputes(chunk, memory):
+            # Whoever divides weights recomputes, as a run does.
+            divides = self.recipe.run.strategy in SHARDING
+            if self.recipe.bptt.activations == "auto" and (divides or self._recomputes(chunk, memory)):
                 chunk, memory, memory_again = again, memory_again, None
         groups = self.recipe.run.accumulate
         step_time = self.time_of(self._step_tokens(tokens), chunk)
@@ -227,6 +230,7 @@ def _work(recipe: Recipe, chunk: ChunkPlan, document_tokens: int) -> Work:
         document_tokens=document_tokens,
         chunk_tokens=recipe.bptt.chunk_tokens,
         rows=chunk.rows,
-        has_sweep_1=recipe.bptt.window != 1,
+        window=None if recipe.bptt.window == "document" else recipe.bptt.window,
+        is_thinned=recipe.bptt.thin_boundaries,
         is_recomputed=chunk.is_recomputed,
     )

@@ -38,18 +38,15 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            # Not shapes without memory, which divided tensors work with, nor wrappers of tensors seen by themselves.
-            if (
-                isinstance(leaf, Tensor)
-                and not isinstance(leaf, FakeTensor)
-                and not is_traceable_wrapper_subclass(leaf)
-                and leaf.device.type != "meta"
-            ):
+            if isinstance(leaf, Tensor):
                 self._note(leaf)
         self.largest = max(self.largest, self.now())
         return result
 
     def _note(self, tensor: Tensor) -> None:
+        # Not shapes without memory, which divided tensors work with, nor wrappers of tensors seen by themselves.
+        if isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(tensor) or tensor.device.type == "meta":
+            return
         storage = tensor.untyped_storage()
         place = storage._cdata
         if place not in self._storages:

@@ -210,7 +210,7 @@ def _communication(model: Finch, spread: Spread, device: Device) -> Communicatio
     DDP: gradients lie in the buckets they are sent from. FSDP2: the root (embedding, head, norms) from the first chunk
     of a step on, and in the backward pass two blocks, one at work and one on its way, in both directions (a CPU waits
     for what it sends: one); whole gradients of the root stay until its end. ZeRO: as many elements as it may keep, at
-    most all, and two buckets.
+    most all, and a bucket, which is as large as it may become; stage 2 copies what is in it.
     """
     if spread.strategy == "fsdp" and spread.ranks > 1:
         root = _root_bytes(model, _gradient_bytes)
@@ -222,13 +222,17 @@ def _communication(model: Finch, spread: Spread, device: Device) -> Communicatio
             sent_at_loss=0,
             sent_at_block=root + max(blocks, root),
         )
-    gathered = sent = 0
+    gathered = bucket = copy = 0
     if spread.strategy.startswith("deepspeed") and spread.ranks > 1:
-        sent = min(2 * BUCKET_ELEMENTS * 4, _gradient_bytes(model.parameters()))
+        bucket = BUCKET_ELEMENTS * 4
+    if spread.strategy == "deepspeed_2":
+        copy = min(bucket, _gradient_bytes(model.parameters()))
     if spread.strategy == "deepspeed_3":
         elements = sum(p.numel() for p in model.parameters())
         gathered = round(_whole(model.parameters()) * min(1.0, MOST_GATHERED_ELEMENTS / elements))
-    return Communication(gathered_at_loss=gathered, gathered_at_block=gathered, sent_at_loss=sent, sent_at_block=sent)
+    return Communication(
+        gathered_at_loss=gathered, gathered_at_block=gathered, sent_at_loss=bucket, sent_at_block=bucket + copy
+    )
 
 
 def _phases(model: Finch, chunk: ChunkPlan, spread: Spread, device: Device) -> tuple[Phase, Phase]:

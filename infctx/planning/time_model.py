@@ -113,14 +113,16 @@ class Work:
     """What is to be done.
 
     document_tokens: of each document; every group of ranks that share chunks takes one. chunk_tokens: of a chunk, all
-    its slices together. rows: at once. has_sweep_1: the gradient crosses chunks, which are run once more without it.
+    its slices together. rows: at once. window: chunks whose borders the gradient crosses, None = all; but for the last
+    of a window they are run once more without it. is_thinned: and once more for the states that were not kept.
     is_recomputed: layers are run again in the backward pass.
     """
 
     document_tokens: int
     chunk_tokens: int
     rows: int = 1
-    has_sweep_1: bool = True
+    window: int | None = None
+    is_thinned: bool = False
     is_recomputed: bool = False
 
     @property
@@ -130,8 +132,9 @@ class Work:
 
     @property
     def sweep_1_chunks(self) -> int:
-        """Of them, run through without a gradient first: all but the last."""
-        return self.num_chunks - 1 if self.has_sweep_1 else 0
+        """Of them, run through without a gradient: all but the last of each window."""
+        windows = 1 if self.window is None else -(-self.num_chunks // self.window)
+        return (1 + self.is_thinned) * (self.num_chunks - windows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
