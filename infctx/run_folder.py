@@ -113,7 +113,7 @@ def _with_as_many_rows(recipe: Recipe, begun: Recipe) -> Recipe:
 
 
 def as_kept(folder: Path, recipe: Recipe) -> Recipe:
-    """The recipe as it is written into its folder: rows and ranks stay those that the run began with.
+    """The recipe as it is written into its folder: rows, and how it is spread, stay what the run began with.
 
     Of these the rows of its steps are counted, however often it goes on with others.
     """
@@ -121,7 +121,7 @@ def as_kept(folder: Path, recipe: Recipe) -> Recipe:
     if not used.is_file():
         return recipe
     begun = load_recipe(used).run
-    keys = ("rows", "accumulate", "devices", "num_nodes", "time_parallel")
+    keys = ("rows", "accumulate", "devices", "num_nodes", "time_parallel", "strategy", "offload", "deepspeed")
     run = recipe.run.model_copy(update={key: getattr(begun, key) for key in keys})
     return recipe.model_copy(update={"run": run})
 
