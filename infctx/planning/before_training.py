@@ -125,8 +125,9 @@ def _needed_in_words(plan: RecipePlan) -> str:
 
 def _refusal(recipe: Recipe, plan: RecipePlan, missing: list[Place], tokens: int) -> str:
     needs, room = _beside_the_context(plan), plan.target.room
+    names = {**_NAMES, "device": "memory"} if plan.target.kind == "cpu" else _NAMES
     short = " and ".join(
-        f"{_NAMES[place]}: {gigabytes(needs.of(place) or 0)} needed, {gigabytes(room.of(place) or 0)} free"
+        f"{names[place]}: {gigabytes(needs.of(place) or 0)} needed, {gigabytes(room.of(place) or 0)} free"
         for place in missing
     )
     found = settings_that_fit(recipe, plan.config, plan.target, document_tokens=tokens)

@@ -61,6 +61,7 @@ def main() -> None:
 
 
 def measure(strategy: Strategy, *, is_lora: bool, is_recomputed: bool) -> dict[str, int | str]:
+    of_others = _tensors()
     model = random_finch(
         n_layer=6, n_embd=128, head_size=32, dim_ffn=448, lerp_rank=8, decay_rank=8, vocab_size=VOCAB_SIZE
     )
@@ -88,7 +89,7 @@ def measure(strategy: Strategy, *, is_lora: bool, is_recomputed: bool) -> dict[s
     existing = [_local(tensor) for tensor in [*model.parameters(), *moments, *gradients]]
     if strategy.startswith("deepspeed"):
         # It keeps pieces of its own, which only the interpreter knows all of.
-        existing = [tensor for tensor in gc.get_objects() if isinstance(tensor, Tensor)]
+        existing = [tensor for tensor in _tensors() if not any(tensor is other for other in of_others)]
     kept = sum(_local(gradient).nbytes for gradient in gradients)
     with Counted(existing) as live:
         before = live.now()
@@ -114,6 +115,11 @@ def measure(strategy: Strategy, *, is_lora: bool, is_recomputed: bool) -> dict[s
 
 def _planned(messages: list, what: str) -> int:  # type: ignore[type-arg]
     return sum(message.received_bytes * message.count for message in messages if message.what == what)
+
+
+def _tensors() -> list[Tensor]:
+    gc.collect()
+    return [one for one in gc.get_objects() if isinstance(one, Tensor)]
 
 
 def _local(tensor: Tensor) -> Tensor:
