@@ -33,7 +33,8 @@ def test_all_of_them_are_looked_at() -> None:
 @pytest.mark.parametrize("names", COMMANDS, ids=" ".join)
 def test_the_example_in_the_help_can_be_typed(names: tuple[str, ...]) -> None:
     command = COMMANDS[names]
-    found = re.fullmatch(r"Example: infctx (.*)", " ".join((command.epilog or "").split()))
+    first, _, _ = (command.epilog or "").partition("\n\n")
+    found = re.fullmatch(r"Example: infctx (.*)", " ".join(first.split()))
     assert found, f"{names} has no example"
     # What comes behind is the shell's.
     words = shlex.split(found[1].partition(" > ")[0].partition(" | ")[0])
