@@ -133,6 +133,8 @@ def test_commands_are_quoted_and_mean_the_run(make_run: MakeRun) -> None:
         (f"pid 999999999 host {socket.gethostname()}", False, "stopped", "at step 500 of 1,000"),
         ("half a li", False, "stopped", "at step 500 of 1,000"),
     ],
+    # Processes of one test run have to agree on the names of tests.
+    ids=["finished", "left", "alive", "elsewhere", "dead", "damaged"],
 )
 def test_the_state_of_a_run(make_run: MakeRun, holder: str, is_finished: bool, state: str, told: str) -> None:
     folder = make_run(steps=500, is_finished=is_finished)
