@@ -28,6 +28,9 @@ BRINGS = {
     "gguf": "GGUF, for llama.cpp",
     "bitsandbytes": "8-bit AdamW; nf4 and bnb-int8 bases",
     "deepspeed": "ZeRO, offload to host memory",
+    "lm-eval": "infctx eval --tasks",
+    "tensorboard": "run.loggers: [tensorboard]",
+    "wandb": "run.loggers: [wandb]",
     "triton": "the kernels for NVIDIA GPUs",
 }
 # Each imports in a few hundredths of a second; what is left out takes seconds.
@@ -44,7 +47,7 @@ QUICK_TO_IMPORT = {
     "typer",
 }
 MODULE_OF = {"pyyaml": "yaml"}
-FOR_DEVELOPERS = ("test", "dev")
+FOR_DEVELOPERS = ("test", "dev", "docs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

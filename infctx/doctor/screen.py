@@ -24,7 +24,7 @@ def doctor_screen(facts: Facts, *, style: Style = lambda text, kind: text) -> li
         lines += _labelled(label, sentence, style)
     packages = facts["packages"]
     core = [f"{name} {one['version']}" for name, one in packages.items() if one["is_core"] and one["state"] == "usable"]
-    lines += _labelled("core", ", ".join(one for one in core if not one.startswith("torch ")), style)
+    lines += _labelled("core", ", ".join(one for one in core if not one.startswith(("torch ", "packaging "))), style)
     lines.append(style("optional", "label"))
     lines += [_optional_line(name, one, style) for name, one in packages.items() if not one["is_core"]]
     lines += _about_wrong_gradients(facts["silently_wrong"], style)

@@ -137,7 +137,8 @@ def _refusal(recipe: Recipe, plan: RecipePlan, missing: list[Place], tokens: int
         advice = "Make room, lower run.keep_checkpoints, or set run.folder on another disk."
     else:
         advice = f"No setting of memory is enough. Train fewer weights ({FEWER_TRAINED}), or use more devices."
-    largest = max(plan.memory.device.items(), key=lambda part: part[1])
+    parts = {"device": plan.memory.device, "host": plan.memory.host, "disk": plan.disk}
+    largest = max(parts[missing[0]].items(), key=lambda part: part[1])
     return (
         f"run: this cannot fit. {short[0].upper()}{short[1:]}, most of it {largest[0]} ({gigabytes(largest[1])}). "
         f"{advice} `infctx plan` shows it by part."

@@ -170,7 +170,7 @@ def test_a_second_signal_stops_at_once_and_leaves_the_last_checkpoint(
 
 def test_ctrl_c_before_the_first_step(forks: Any, make_recipe: Callable[..., Path], rows: Path, tmp_path: Path) -> None:
     """While a big corpus is read: one of our exit codes, no traceback, nothing left behind."""
-    (tmp_path / "big.jsonl").write_bytes(rows.read_bytes() * 4000)
+    (tmp_path / "big.jsonl").write_bytes(rows.read_bytes() * 16000)
     recipe = make_recipe(data={"path": str(tmp_path / "big.jsonl")})
     process = forks.start("train", recipe)
     time.sleep(0.8)
@@ -180,7 +180,8 @@ def test_ctrl_c_before_the_first_step(forks: Any, make_recipe: Callable[..., Pat
     # 3 promises a checkpoint, which there is none of: the shell's own code for an interrupt is as good.
     assert ended.code in (3, 130)
     assert ended.err.strip()
-    assert not (tmp_path / "run").exists()
+    assert (tmp_path / "run" / "checkpoints").exists() == (ended.code == 3)
+    assert not list(tmp_path.rglob("*.tmp*"))
 
 
 def test_a_run_goes_on_when_nobody_reads_its_progress(

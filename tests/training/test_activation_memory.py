@@ -106,7 +106,7 @@ def test_a_run_says_and_does_what_was_chosen(recipe: Callable[..., Recipe], monk
     ):
         monkeypatch.setattr("infctx.training.activation_memory.free_bytes", lambda device, free=free: free)
         progress, headline = SilentProgress(), []
-        progress.start = lambda total_steps, lines, headline=headline: headline.extend(lines)
+        progress.start = lambda total_steps, lines, plan, headline=headline: headline.extend(lines)
         built = recipe(folder, f"bptt.activations={wanted}", "run.steps=2")
         run_recipe(built, progress)
         assert f"memory     activations of a chunk {said}; boundary states on the device" in headline
