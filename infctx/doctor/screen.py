@@ -62,9 +62,11 @@ def _about_the_machine(facts: Facts) -> list[tuple[str, str]]:
         told.append(("GPU", "none"))
     if backends["wkv6"]:
         usable = [name for name, one in backends["wkv6"].items() if one["is_usable"]]
-        # Reasons of a compiler can be pages long.
+        # Reasons of a compiler can be pages long; what to install is said below.
         reasons = [
-            f"{name}: {one['why_not'].splitlines()[0][:60]}" for name, one in backends["wkv6"].items() if one["why_not"]
+            f"{name}: {one['why_not'].splitlines()[0].partition(' (')[0][:60]}"
+            for name, one in backends["wkv6"].items()
+            if one["why_not"]
         ]
         unbuilt = "" if backends["is_built"] else " (built when it is first used, within a minute)"
         others = [name for name in usable if name != backends["chosen"]]
