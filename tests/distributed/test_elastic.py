@@ -51,7 +51,7 @@ model: {{path: {tmp_path}/model.safetensors}}
 data: {{path: {tmp_path}/documents.jsonl, template: text, tokenizer: bytes, validation: 0.2}}
 bptt: {{chunk_tokens: 16}}
 optimizer: {{lr: 0.003, warmup_steps: 2, eps: 1.0e-4}}
-run: {{folder: {tmp_path}/run, steps: 6, validate_every: 3, precision: fp32}}
+run: {{folder: {tmp_path}/run, steps: 6, validate_every: 3, precision: fp32, report: false}}
 """
     )
     return file
