@@ -171,6 +171,9 @@ def _cannot(what: str, path: Path, error: OSError) -> MachineError:
 Boundary = tuple[int, ModelState]
 """A chunk's index in its window, and the state before it."""
 
+Advance = Callable[[int, ModelState], ModelState]
+"""A chunk's index in its window and the state before it -> the state after it, without a graph."""
+
 
 class Bank:
     """The boundary states of one window: put front to back by sweep 1, taken back to front by sweep 2.
@@ -178,16 +181,16 @@ class Bank:
     A stack whose lower part lies in the store, perhaps thinned, and whose upper part is at hand. What is asked for and
     was not kept is computed from the nearest state before it.
 
-    advance: (chunk index in the window, state before it) -> state after it, without a graph.
+    Who asks also says how it is computed: a bank that kept the walk it belongs to would keep all of that walk's states
+    until the next collection of cycles.
     """
 
-    def __init__(self, plan: BoundaryPlan, num_chunks: int, advance: Callable[[int, ModelState], ModelState]) -> None:
+    def __init__(self, plan: BoundaryPlan, num_chunks: int) -> None:
         self._store = plan.open_store()
         self._stored: list[int] = []
         self._at_hand: list[Boundary] = []
         self._stride = plan.stride(num_chunks)
         self._first_at_hand = (num_chunks - 1) // self._stride * self._stride
-        self._advance = advance
 
     def put(self, index: int, state: ModelState) -> None:
         """Keep the state before this chunk if the plan wants it; indices come in ascending order."""
@@ -196,12 +199,12 @@ class Bank:
         elif index % self._stride == 0:
             self._keep(index, state)
 
-    def take(self, index: int) -> ModelState:
+    def take(self, index: int, advance: Advance) -> ModelState:
         """The state before this chunk; indices come in descending order, each once."""
-        self.have_at_hand(index)
+        self.have_at_hand(index, advance)
         return self._at_hand.pop()[1]
 
-    def have_at_hand(self, index: int) -> None:
+    def have_at_hand(self, index: int, advance: Advance) -> None:
         """Compute the state before this chunk if it is not there; it stays."""
         if not self._at_hand:
             self._at_hand.append((self._stored[-1], self._store.read(len(self._stored) - 1)))
@@ -209,7 +212,7 @@ class Bank:
             self._store.drop()
         while self._at_hand[-1][0] < index:
             before, state = self._at_hand[-1]
-            self._at_hand.append((before + 1, self._advance(before, state)))
+            self._at_hand.append((before + 1, advance(before, state)))
 
     def held(self) -> Iterator[Boundary]:
         """What is needed to take all that is left: about the square root of it, in ascending order."""

@@ -263,7 +263,7 @@ class _Walk:
     def _enter_window(self, first: int) -> None:
         self._first, self._next, self._in_sweep_2 = first, 0, False
         self._num_chunks = min(self._length, len(self._chunks) - first)
-        self._bank = Bank(self._plan, self._num_chunks, self._advance)
+        self._bank = Bank(self._plan, self._num_chunks)
         self._adjoint: ModelState | None = None
         self._banked_after: ModelState | None = None
 
@@ -283,9 +283,9 @@ class _Walk:
         """From the back, each chunk again with a graph, and backward through it."""
         while self._next >= 0:
             # First, so that a walk which is left at every pause still gets on.
-            self._bank.have_at_hand(self._next)
+            self._bank.have_at_hand(self._next, self._advance)
             self._pause()
-            before = self._bank.take(self._next)
+            before = self._bank.take(self._next, self._advance)
             leaves = [tensor.detach().requires_grad_() for tensor in before]
             is_last = self._next == 0 and self._first + self._length >= len(self._chunks)
             reaches_all = self._expect is not None and self._expect(is_last)

@@ -26,7 +26,7 @@ from infctx.training.fabric_run import DeepSpeedEngine, open_engine
 from infctx_kernels import linear as products
 from tests.conftest import random_finch
 
-TOKENS, CHUNKS, VOCAB_SIZE = 32, 3, 512
+TOKENS, CHUNKS, VOCAB_SIZE = 32, 2, 512
 STEP_TOKENS = TOKENS * CHUNKS
 
 
@@ -128,7 +128,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def step(model: Finch, objective: torch.nn.Module, engine: Engine, live: LiveBytes | None, between: list[int]) -> None:
-    """A document of three chunks, exactly, and the update."""
+    """A document of two chunks, exactly, and the update."""
     from infctx.training.bptt import backward_through_windows
 
     tokens = torch.randint(0, VOCAB_SIZE, (1, STEP_TOKENS))

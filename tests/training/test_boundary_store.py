@@ -71,13 +71,13 @@ def test_the_bank_gives_every_boundary_once(num_chunks: int, is_thinned: bool) -
         runs.append(index)
         return states[index + 1]
 
-    bank = Bank(BoundaryPlan(is_thinned=is_thinned), num_chunks, advance)
+    bank = Bank(BoundaryPlan(is_thinned=is_thinned), num_chunks)
     for index, state in enumerate(states):
         bank.put(index, state)
     most_kept = 0
     for index in reversed(range(num_chunks)):
         most_kept = max(most_kept, len(bank._at_hand) + len(bank._stored))
-        assert all(torch.equal(a, b) for a, b in zip(bank.take(index), states[index], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(bank.take(index, advance), states[index], strict=True))
     if is_thinned:
         assert most_kept <= 2 * math.isqrt(num_chunks) + 2
         assert len(runs) <= num_chunks
@@ -97,11 +97,11 @@ def test_what_a_bank_holds_is_small_and_enough_for_another(num_chunks: int, is_t
 
     for num_put in range(1, num_chunks + 1):
         for num_taken in range(num_put if num_put == num_chunks else 1):
-            bank = Bank(plan, num_chunks, advance)
+            bank = Bank(plan, num_chunks)
             for index in range(num_put):
                 bank.put(index, states[index])
             for index in reversed(range(num_put - num_taken, num_put)):
-                bank.take(index)
+                bank.take(index, advance)
             held = list(bank.held())
             assert len(held) <= 2 * math.isqrt(num_put) + 3
             assert held[0][0] == 0
@@ -109,10 +109,10 @@ def test_what_a_bank_holds_is_small_and_enough_for_another(num_chunks: int, is_t
                 # What comes next is not to be computed again.
                 assert held[-1][0] == num_put - num_taken - 1
             assert all(torch.equal(state.wkv, states[index].wkv) for index, state in held)
-            other = Bank(plan, num_chunks, advance)
+            other = Bank(plan, num_chunks)
             other.put_back(held)
             for index in reversed(range(held[-1][0] + 1)):
-                assert torch.equal(other.take(index).wkv, states[index].wkv)
+                assert torch.equal(other.take(index, advance).wkv, states[index].wkv)
 
 
 @pytest.mark.parametrize("plan", list(PLANS))

@@ -98,7 +98,7 @@ def test_equals_whole_sequence_autograd_in_fp64(
     make_finch: Callable[..., Finch], version: str, with_starts: bool, chunk_tokens: int
 ) -> None:
     model = make_finch(version, n_layer=2, dtype=torch.float64, has_initial_state=with_starts)
-    tokens, weight, starts = make_batch()
+    tokens, weight, starts = make_batch(num_tokens=NUM_TOKENS if chunk_tokens > 1 else 60)
     starts = starts if with_starts else None
     state = random_state(model, 2)
     for window in (1, 2, "document"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import numpy as np
@@ -12,6 +13,7 @@ from infctx.data.document import Document
 from infctx.data.stream import DocumentSource, StreamSource
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
+from infctx.training.boundary_store import BoundaryPlan
 from infctx.training.bptt import ChunkObjective
 from infctx.training.engine import WholeWeights
 from infctx.training.step import run_step
@@ -131,3 +133,34 @@ def test_clipping_bounds_the_whole_gradient(make_finch: Callable[..., Finch]) ->
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
     assert report.grad_norm > 0.02
     assert float(norm) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("is_thinned", [False, True])
+@pytest.mark.parametrize("is_recomputed", [False, True])
+def test_a_step_leaves_no_tensor_to_the_collection_of_cycles(
+    make_finch: Callable[..., Finch], is_thinned: bool, is_recomputed: bool
+) -> None:
+    """Python may not look for cycles for hundreds of steps: the states of all of them would lie on the device."""
+    model = make_finch("6")
+    model.recompute_layers(is_recomputed)
+    source = StreamSource(make_documents([300]), rows=1, accumulate=1, chunk_tokens=8, window=4, seed=0, steps=4)
+    objective, engine = ChunkObjective(model), WholeWeights(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    states = [ModelState.zeros(model.config, 1, dtype=torch.float32, device="cpu")]
+
+    def step() -> None:
+        nonlocal states
+        data, plan = source.next_step(), BoundaryPlan(is_thinned=is_thinned)
+        _, states = run_step(objective, data, states, window=4, engine=engine, clip=1.0, boundaries=plan)
+
+    step()
+    gc.collect()
+    gc.disable()
+    try:
+        step()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert not [found for found in gc.garbage if isinstance(found, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
