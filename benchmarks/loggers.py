@@ -1,24 +1,27 @@
 """What loggers cost a training: the same steps with one and without, in turn, also with loggers that are dead.
 
-    python benchmarks/loggers.py [--blocks 7] [--steps 12] [--output FILE]
+    python benchmarks/loggers.py [--pairs 40] [--steps 4] [--output FILE]
 
-A block is some steps of a small model (the exact gradient of one document and AdamW's update), each followed by what
-the loop hands to loggers. A ratio is the median over pairs of blocks, with and without loggers, of their median steps.
-Processor time is that of this process with all its threads: it holds what a logger's thread does meanwhile, and depends
-less on what else the machine runs.
+The loggers of a case are opened once. A block is some steps of a small model (the exact gradient of one document and
+AdamW's update); in every second one each step is followed by what the loop hands to loggers. A ratio is the median over
+pairs of blocks, one of each kind; beside it the 95 % interval of the median, from resampled pairs. Processor time is
+that of this process with all its threads: it holds what a logger's thread does meanwhile, and depends less on what else
+the machine runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import random
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -66,8 +69,8 @@ def cannot_be_made(last_step: int) -> Writer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -86,11 +89,16 @@ def main() -> None:
         "none again": {},
     }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
-    for _ in range(arguments.blocks):
-        for name, openers in cases.items():
-            without = block(step, {}, num_steps=arguments.steps)
-            with_loggers = block(step, openers, num_steps=arguments.steps)
-            found[name].append((with_loggers[0] / without[0], with_loggers[1] / without[1]))
+    with contextlib.ExitStack() as closing:
+        opened = {name: closing.enter_context(open_loggers(openers)) for name, openers in cases.items()}
+        # What they import and open is done once a run.
+        time.sleep(SECONDS_TO_OPEN)
+        for pair in range(arguments.pairs):
+            for name, loggers in opened.items():
+                sides = [None, loggers] if pair % 2 else [loggers, None]
+                taken = {side is None: block(step, side, num_steps=arguments.steps) for side in sides}
+                with_loggers, without = taken[False], taken[True]
+                found[name].append((with_loggers[0] / without[0], with_loggers[1] / without[1]))
     rows = [row(name, ratios) for name, ratios in found.items()]
     result = {
         "rows": rows,
@@ -100,8 +108,8 @@ def main() -> None:
         "machine": {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()},
     }
     for entry in rows:
-        times = f"time {entry['wall']:.3f} ({entry['wall_range']})"
-        print(f"{entry['case']:22} {times}  processor {entry['processor']:.3f} ({entry['processor_range']})")
+        times = f"time {entry['wall']:.3f} ({entry['wall_interval']})"
+        print(f"{entry['case']:22} {times}  processor {entry['processor']:.3f} ({entry['processor_interval']})")
     print(f"processor ms of this process for a record: {result['record_milliseconds']}")
     print(f"one append: {result['append_microseconds']} µs; a step {result['step_seconds']} s")
     if arguments.output is not None:
@@ -110,36 +118,42 @@ def main() -> None:
 
 def row(name: str, ratios: list[tuple[float, float]]) -> dict[str, object]:
     """The medians of a case."""
-    walls, processors = (sorted(values) for values in zip(*ratios, strict=True))
+    walls, processors = zip(*ratios, strict=True)
     return {
         "case": name,
         "wall": round(statistics.median(walls), 4),
-        "wall_range": f"{walls[0]:.3f}–{walls[-1]:.3f}",
+        "wall_interval": interval(walls),
         "processor": round(statistics.median(processors), 4),
-        "processor_range": f"{processors[0]:.3f}–{processors[-1]:.3f}",
-        "blocks": len(ratios),
+        "processor_interval": interval(processors),
+        "pairs": len(ratios),
     }
 
 
-def block(
-    step: Callable[[], None], openers: Mapping[str, Callable[[int], Writer]], *, num_steps: int
-) -> tuple[float, float]:
-    """Median seconds of a step, and mean processor seconds, with these loggers open."""
+def interval(ratios: Sequence[float]) -> str:
+    """Where the median of so many ratios lies in 95 of 100 resamplings."""
+    generator = random.Random(0)
+    medians = sorted(statistics.median(generator.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return f"{medians[50]:.3f}–{medians[-51]:.3f}"
+
+
+@contextlib.contextmanager
+def open_loggers(openers: Mapping[str, Callable[[int], Writer]]) -> Iterator[Loggers]:
+    """Loggers as a run has them."""
     loggers = Loggers(openers, lambda text: None)
     loggers.start(-1)
-    # What they import and open is done once a run.
-    time.sleep(SECONDS_TO_OPEN if openers else 0.0)
-    seconds = []
-    before = time.process_time()
-    for number in range(num_steps):
-        began = time.perf_counter()
-        step()
-        loggers.append({"step": number, **RECORD})
-        seconds.append(time.perf_counter() - began)
-    processor = (time.process_time() - before) / num_steps
+    yield loggers
     if "hanging" not in openers:
         loggers.finish()
-    return statistics.median(seconds), processor
+
+
+def block(step: Callable[[], None], loggers: Loggers | None, *, num_steps: int) -> tuple[float, float]:
+    """Mean seconds of a step, and mean processor seconds, with what loggers are told between the steps."""
+    began, before = time.perf_counter(), time.process_time()
+    for number in range(num_steps):
+        step()
+        if loggers is not None:
+            loggers.append({"step": number, **RECORD})
+    return (time.perf_counter() - began) / num_steps, (time.process_time() - before) / num_steps
 
 
 def record_milliseconds(writer: Writer) -> float:
