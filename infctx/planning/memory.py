@@ -9,7 +9,7 @@ DeepSpeed do by default, as the comments say. The device's own needs and the all
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ RUNTIME_BYTES = 750_000_000
 # States of one chunk: before it, after it by layer and stacked, their gradients behind it and in front.
 LIVE_STATES = 6
 BOUNDARIES = "boundary states"
+UPDATE = "update of the weights"
 # DeepSpeed's own setting: what ZeRO-3 keeps gathered.
 MOST_GATHERED_ELEMENTS = 1_000_000_000
 
@@ -67,13 +68,15 @@ class MemoryPlan:
     """Bytes by part, of the rank that needs most: on its device, and in host memory for each rank.
 
     On a CPU everything is on the device. one_state: of one boundary, all rows. untouched: of the memory that is taken
-    for boundary states, what is not written to.
+    for boundary states, what is not written to. more_at_update: what the update takes beyond the busiest chunk; the
+    boundary states are gone by then.
     """
 
     device: dict[str, int]
     host: dict[str, int]
     one_state: int
     untouched: int = 0
+    more_at_update: int = 0
 
     @property
     def device_bytes(self) -> int:
@@ -113,11 +116,7 @@ def plan_memory(
     """
     on_device, on_host = _stored(model, spread, optimizer, device)
     update = _update_bytes(model, spread, optimizer, device)
-    phases = [
-        *_phases(model, chunk, spread, device),
-        Phase(activations=0, weight_copies=0, working=update, gathered=0, sent=0),
-    ]
-    phase = max(phases, key=lambda phase: phase.total)
+    phase = max(_phases(model, chunk, spread, device), key=lambda phase: phase.total)
     on_device |= {
         "gathered parameters": phase.gathered,
         "activations": phase.activations,
@@ -136,13 +135,15 @@ def plan_memory(
         device={part: size for part, size in on_device.items() if size},
         host={part: size for part, size in on_host.items() if size},
         one_state=one_state,
+        more_at_update=max(0, update - phase.total),
     )
     return with_boundaries(without, chunk, device)
 
 
 def with_boundaries(plan: MemoryPlan, chunk: ChunkPlan, device: Device) -> MemoryPlan:
     """The same with the boundary states of this chunk plan in place of its own."""
-    on_device, on_host = ({p: s for p, s in of.items() if p != BOUNDARIES} for of in (plan.device, plan.host))
+    of_others = (BOUNDARIES, UPDATE)
+    on_device, on_host = ({p: s for p, s in of.items() if p not in of_others} for of in (plan.device, plan.host))
     untouched = 0
     if chunk.boundaries != "disk":
         # On a CPU host memory is the device's, and memory is taken for several small ones at once.
@@ -150,7 +151,10 @@ def with_boundaries(plan: MemoryPlan, chunk: ChunkPlan, device: Device) -> Memor
         at_once = max(1, BLOCK_BYTES // plan.one_state)
         place[BOUNDARIES] = -(-chunk.boundary_states // at_once) * at_once * plan.one_state
         untouched = place[BOUNDARIES] - chunk.boundary_states * plan.one_state
-    return MemoryPlan(device=on_device, host=on_host, one_state=plan.one_state, untouched=untouched)
+    if (more := plan.more_at_update - on_device.get(BOUNDARIES, 0)) > 0:
+        on_device[UPDATE] = more
+        untouched = 0
+    return replace(plan, device=on_device, host=on_host, untouched=untouched)
 
 
 def _stored(

@@ -155,14 +155,14 @@ def test_onednn_keeps_the_inputs_of_frozen_matrices(
 
 
 def test_the_update_of_a_large_tensor_can_be_the_busiest_moment(make_finch: Callable[..., Finch]) -> None:
-    model, chunk = make_finch(vocab_size=20_000).train(), ChunkPlan(chunk_tokens=4, boundary_states=CHUNKS - 1)
+    model, chunk = make_finch(vocab_size=200_000).train(), ChunkPlan(chunk_tokens=4, boundary_states=CHUNKS - 1)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter is model.embedding.weight)
     counted, _ = take_steps(model, Case(), chunk_tokens=4)
     plan = plan_memory(model, chunk, device="cpu")
-    assert plan.device["working memory"] == 2 * model.embedding.weight.nbytes
-    block = plan.device["boundary states"]
-    assert plan.tensor_bytes - block == pytest.approx(counted - block, rel=0.05)
+    # The boundary states are gone by then.
+    assert plan.device["update of the weights"] > 0
+    assert plan.tensor_bytes == pytest.approx(counted, rel=0.05)
 
 
 # Nothing is saved by a recomputed block until it is computed again.
