@@ -148,7 +148,7 @@ class _Talk:
         while True:
             try:
                 line = _read_line()
-                if line is None or line.strip() == "/quit":
+                if line is None or line.strip() in ("/quit", "/exit"):
                     return
                 if line.strip():
                     self._take(line)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from infctx.recipe.schema import Recipe
 
 _UNITS = {"": 1, "b": 1, "mb": 10**6, "gb": 10**9, "tb": 10**12, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+SMALLEST_SIZE = 10**6
 _NAMED = "rtx-3060, rtx-3090, rtx-4090, l40s, a100-40gb, a100-80gb, h100, h200, cpu"
 
 
@@ -133,6 +134,8 @@ def _target(spec: DeviceSpec, room: Room, *, ranks: int | None, tflops: float | 
 
 def _bytes_of(option: str, text: str) -> int:
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([a-z]*)", text.strip().lower())
-    if found is None or found[2] not in _UNITS or float(found[1]) == 0:
+    size = round(float(found[1]) * _UNITS[found[2]]) if found is not None and found[2] in _UNITS else 0
+    # A number alone would be bytes: nobody means 24 of them.
+    if size < SMALLEST_SIZE:
         raise InfctxError(f"{option} {text}: expected a size as 24GB, 80GiB or 24000MB.")
-    return round(float(found[1]) * _UNITS[found[2]])
+    return size

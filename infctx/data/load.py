@@ -164,7 +164,7 @@ def _checked(spec: SetSpec, prepared: Prepared, files: Sequence[str]) -> LoadedD
 
 
 def _no_documents(spec: SetSpec, rejected: Sequence[Rejection]) -> DataError:
-    where = f"data.path={list(spec.paths)}"
+    where = "data.path=" + (spec.paths[0] if len(spec.paths) == 1 else str(list(spec.paths)))
     if not rejected:
         return DataError(f"{where}: expected at least one document, got none: the files have no rows.")
     first = rejected[0]

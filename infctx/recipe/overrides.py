@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from infctx.errors import RecipeError
-from infctx.recipe.problems import Source, keys_of, known_keys, suggestion
+from infctx.recipe.problems import Source, inner_keys, keys_of, known_keys, suggestion
 from infctx.recipe.schema import Recipe
 
 
@@ -21,20 +21,28 @@ def apply_override(source: Source, override: str, read_value: Callable[[str], An
         return f"{place}: expected section.key=value, e.g. optimizer.lr=1e-5."
     if key in Recipe.model_fields:
         return f"{place}: {key} is a section: expected {key}.key=value, with one of {', '.join(keys_of(key))}."
-    if key not in known_keys():
+    section, _, name = key.partition(".")
+    name, _, inner = name.partition(".")
+    if f"{section}.{name}" not in known_keys() or (inner and not inner_keys(section, name)):
         return f"{place}: {key}: unknown key.{suggestion(key)}"
+    if inner and inner not in (names := inner_keys(section, name)):
+        return f"{place}: {key}: unknown key. Expected {section}.{name} with one of {', '.join(names)}."
     try:
         value = read_value(text.strip())
     except (RecipeError, ValueError) as error:
         return f"{place}: {key}: expected a plain value, or a list in brackets: {error}"
-    section, name = key.split(".")
-    target = source.data.get(section)
-    if target is None:
-        target = source.data[section] = {}
-    if isinstance(target, dict):
-        target[name] = value
-        # Items of a list the file gave are no place of this value.
-        for location in [known for known in source.places if known[:2] == (section, name)]:
-            del source.places[location]
-        source.places[(section, name)] = place
+    path = (section, name, inner) if inner else (section, name)
+    target = source.data
+    for part in path[:-1]:
+        if target.get(part) is None:
+            target[part] = {}
+        target = target[part]
+        if not isinstance(target, dict):
+            # The file has something else there, and is told so.
+            return None
+    target[path[-1]] = value
+    # Items of a list the file gave are no place of this value.
+    for location in [known for known in source.places if known[: len(path)] == path]:
+        del source.places[location]
+    source.places[path] = place
     return None

@@ -102,6 +102,7 @@ _EXPECTED = {
     "int_from_float": "a whole number",
     "float_type": "a number",
     "finite_number": "a finite number",
+    "bool_type": "true or false",
     "string_type": "text",
     "string_too_short": "text that is not empty",
     "string_unicode": "valid text",
@@ -152,6 +153,13 @@ def _section(name: str) -> type[BaseModel]:
 
 def keys_of(section: str) -> list[str]:
     return list(_section(section).model_fields) if section in Recipe.model_fields else []
+
+
+def inner_keys(section: str, key: str) -> list[str]:
+    """Of a key that is a section itself, as run.wandb; of others none."""
+    annotation = _section(section).model_fields[key].annotation
+    is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return list(annotation.model_fields) if is_section else []
 
 
 def known_keys() -> list[str]:

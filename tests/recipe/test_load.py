@@ -9,6 +9,7 @@ import yaml
 
 from infctx.errors import RecipeError
 from infctx.recipe.load import MAX_RECIPE_BYTES, load_recipe, recipe_differences, recipe_json_schema, write_recipe
+from infctx.recipe.run_section import WandbSection
 
 MINIMAL = """\
 model: {path: m.pth}
@@ -271,6 +272,15 @@ def test_text_overrides_need_no_yaml_quotes(recipe_file: Path, text: str) -> Non
     assert load_recipe(recipe_file, [f"data.path={text}"]).data.path == text.strip("'")
 
 
+@pytest.mark.parametrize("in_file", ["", "wandb: {project: books}", "wandb:"])
+def test_a_key_of_an_inner_section(recipe_file: Path, in_file: str) -> None:
+    recipe_file.write_text(MINIMAL + f"  {in_file}\n")
+    recipe = load_recipe(recipe_file, ["run.loggers=[wandb]", "run.wandb.offline=true", "run.wandb.name=a"])
+    assert recipe.run.wandb.offline
+    assert recipe.run.wandb.name == "a"
+    assert recipe.run.wandb.project == ("books" if "books" in in_file else WandbSection().project)
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
@@ -281,6 +291,12 @@ def test_text_overrides_need_no_yaml_quotes(recipe_file: Path, text: str) -> Non
         ("run.lr=1", "run.lr: unknown key. Did you mean optimizer.lr?"),
         ("optimiser.lr=1", "Did you mean optimizer.lr?"),
         ("optimizer.lr.x=1", "unknown key. Did you mean optimizer.lr?"),
+        (
+            "run.wandb.offlin=true",
+            "run.wandb.offlin: unknown key. Expected run.wandb with one of project, entity, name",
+        ),
+        ("run.wandb.offline.x=true", "unknown key. Expected run.wandb with one of"),
+        ("run.wandb.offline=maybe", "run.wandb.offline: expected true or false, got 'maybe'"),
         ("run=3", "run is a section"),
         ("run.steps=many", "run.steps: expected a whole number, got 'many'"),
         ("run.steps=true", "run.steps: expected a whole number, got true"),
