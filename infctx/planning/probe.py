@@ -20,6 +20,9 @@ from infctx.recipe.schema import Recipe
 PROBE_CHUNKS = 3
 # Read by glibc: it maps what is larger by itself, and gives it back when it is freed; mallopt(3).
 SMALLEST_MAPPED_BYTES = 65_536
+# What libraries take beside all tensors once a step runs, for threads and matrix products: 10 to 44 MB with 14 small
+# models (benchmarks/results/plan_measured.json); with so much all of them are within a tenth.
+LIBRARY_WORK_BYTES = 15_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,11 +30,10 @@ class Probe:
     """What was measured, beside the plan of just this step on one device.
 
     device: cpu, or a GPU's name. has_own_weights: of model.path; else random ones. planned_bytes: of tensors.
-    planned_resident_bytes: of those that are written to. device_bytes: the most that torch
-    had allocated on a GPU, 0 on a CPU. live_bytes: all tensors alive at the busiest moment, 0 on a GPU. resident_bytes:
-    the most memory of the process beyond what it had before it opened the model, 0 on a GPU and where the system does
-    not tell.
-    seconds: of the step.
+    planned_resident_bytes: of those that are written to, and what libraries take at work. device_bytes: the most that
+    torch had allocated on a GPU, 0 on a CPU. live_bytes: all tensors alive at the busiest moment, 0 on a GPU.
+    resident_bytes: the most memory of the process beyond what it had before it opened the model, 0 on a GPU and where
+    the system does not tell. seconds: of the step.
     """
 
     device: str
@@ -103,7 +105,7 @@ def probe(recipe: Recipe, plan: RecipePlan, *, has_own_weights: bool) -> Probe:
         rows=plan.chunk.rows,
         num_chunks=PROBE_CHUNKS,
         planned_bytes=memory.tensor_bytes,
-        planned_resident_bytes=memory.tensor_bytes - memory.untouched,
+        planned_resident_bytes=memory.tensor_bytes - memory.untouched + LIBRARY_WORK_BYTES,
         **measured,
     )
 
