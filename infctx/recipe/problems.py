@@ -158,8 +158,9 @@ def keys_of(section: str) -> list[str]:
 def inner_keys(section: str, key: str) -> list[str]:
     """Of a key that is a section itself, as run.wandb; of others none."""
     annotation = _section(section).model_fields[key].annotation
-    is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-    return list(annotation.model_fields) if is_section else []
+    if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        return []
+    return list(annotation.model_fields)
 
 
 def known_keys() -> list[str]:
