@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from infctx.errors import CheckpointError
 from infctx.model import finch_keys
-from infctx.model.finch import Block, Finch, LayerNorm
+from infctx.model.finch import Block, Finch
+from infctx.model.layer_norm import LayerNorm
 from infctx.model.state import ModelState
 from infctx.model.tensors import ModelTensors
 

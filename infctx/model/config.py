@@ -24,6 +24,11 @@ class FinchConfig:
     dim_ffn: int
     lerp_rank: int = 0
     decay_rank: int = 0
+    # Of GOLD's layers: of the low-rank terms of keys and values, and of what is cached of a token.
+    key_value_rank: int = 0
+    cache_rank: int = 0
+    # Checkpoints do not say so.
+    uses_rope: bool = False
     # 1e-5 times the square of the divisor 8 that the first implementations applied before the norm.
     group_norm_eps: float = 64e-5
     layer_norm_eps: float = 1e-5

@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from infctx.model.catalog import BLOCK_PARTS
 from infctx.model.config import FinchConfig
+from infctx.model.layer_norm import LayerNorm
 from infctx.model.linear import Linear
 from infctx.model.state import ModelState, state_dtype
 from infctx.model.time_parallel import TimeGroup
@@ -20,15 +20,6 @@ from infctx_kernels import Backend
 
 # Backends in torch operations alone.
 PORTABLE = (Backend.TORCH, Backend.REFERENCE)
-
-
-class LayerNorm(nn.LayerNorm):
-    """Layer norm that answers in its input's dtype, whatever its own and whatever autocast would make of it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis."""
-        normed = F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-        return normed.to(x.dtype)
 
 
 class Block(nn.Module):
