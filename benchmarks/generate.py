@@ -126,7 +126,7 @@ def sides_of(model: Finch, num_rows: int) -> dict[str, Side]:
         logits, held[0] = model(tokens[:, None], held[0])
         return logits[:, 0]
 
-    sides: dict[str, Side] = {"step": lambda tokens: step.advance_(tokens, fresh), "forward": forward}
+    sides: dict[str, Side] = {"step": lambda tokens: step.advance_(tokens, fresh)[0], "forward": forward}
     if num_rows == 1:
         sides["rwkv"] = official(model)
     return sides

@@ -611,7 +611,7 @@ def _headline(recipe: Recipe, parts: _Parts) -> list[str]:
     model, data = parts.model_file.model, parts.data
     config = model.config
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    name = {"6": "Finch (RWKV-6)", "5.2": "Eagle (RWKV-5.2)"}[config.version]
+    name = {"6": "Finch (RWKV-6)", "5.2": "Eagle (RWKV-5.2)"}.get(config.version, config.name)
     documents = f"{len(data.training):,} document{'' if len(data.training) == 1 else 's'}"
     train_tokens = data.training.num_tokens
     held_out = data.validation.num_tokens if data.validation else 0

@@ -224,8 +224,8 @@ def _write(
     )
     for note in written.notes:
         say(note)
-    name = {"6": "Finch", "5.2": "Eagle"}[result.config.version]
-    say(f"Wrote {output}: {name}, {result.num_parameters:,} parameters ({dtype} dtype, {written.num_bytes:,} bytes).")
+    name, num_bytes = result.config.name, written.num_bytes
+    say(f"Wrote {output}: {name}, {result.num_parameters:,} parameters ({dtype} dtype, {num_bytes:,} bytes).")
     facts = {"path": str(output), "version": result.config.version, "parameters": result.num_parameters}
     if source is None:
         say("Read back: its logits are those of what was to be written.")

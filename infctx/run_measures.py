@@ -21,7 +21,7 @@ from infctx.errors import CheckpointError
 from infctx.evaluation.by_position import PositionLosses, measure_by_position
 from infctx.evaluation.intervals import differences_with_intervals
 from infctx.model.finch import Finch
-from infctx.model.state import ModelState
+from infctx.model.state import join_rows
 from infctx.training.bptt import in_compute_dtype
 from infctx.training.step_place import random_state, set_random_state
 
@@ -239,7 +239,7 @@ def continue_greedily(
         hidden.append(outputs[:, -1:])
         states.append(state)
     last = torch.cat(hidden)
-    state = ModelState(*(torch.cat(parts, dim=1) for parts in zip(*states, strict=True)))
+    state = join_rows(states)
     written: list[list[int]] = [[] for _ in prompts]
     is_done = [False] * len(prompts)
     for _ in range(max_tokens):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from infctx.checkpoint.layouts.catalog import to_official
 from infctx.checkpoint.layouts.rows import check_names
+from infctx.checkpoint.switches import find_switches, with_switches
 from infctx.checkpoint.weights import TOKENIZER_KEY, read_stored
 from infctx.errors import CheckpointError
 from infctx.model import finch_keys
@@ -33,7 +34,7 @@ class ModelFile(NamedTuple):
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Finch:
-    """Read a Finch or Eagle model.
+    """Read a Finch, Eagle, Finch-C2, GoldFinch or GPTAlpha model.
 
     Args:
         path: an official .pth, our .safetensors, a GGUF file, or a folder in a Hugging Face layout (that of the RWKV
@@ -66,7 +67,8 @@ def open_model(path: str | Path, *, is_streamed: bool = False) -> ModelTensors:
     """
     stored, metadata = read_stored(path, is_streamed=is_streamed)
     tensors = to_official(stored, metadata, file=str(path))
-    config = finch_keys.read_config(tensors, file=str(path))
+    switches = find_switches(Path(path), metadata)
+    config = with_switches(finch_keys.read_config(tensors, file=str(path), head_size=switches.head_size), switches)
     return ModelTensors(
         config=config,
         tensors=_in_official_form(config, tensors, file=str(path)),

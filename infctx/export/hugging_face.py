@@ -34,6 +34,11 @@ _END_OF_TEXT = "<s>"
 
 def prepare_hugging_face(source: ModelTensors, options: ExportOptions) -> ModelTensors:
     """The tensors the folder will hold."""
+    if source.config.version not in _CODE:
+        raise CheckpointError(
+            f"{source.origin}: there is no model code for a {source.config.name} in the Hugging Face layout. Write it "
+            "as .pth or .safetensors."
+        )
     refuse_initial_state(source, format="hf")
     return in_dtype(source, options.dtype, format="hf")
 

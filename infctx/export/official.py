@@ -7,6 +7,7 @@ from pathlib import Path
 
 from infctx.checkpoint.model_file import TOKENIZER_KEY
 from infctx.checkpoint.shards import write_shards
+from infctx.checkpoint.switches import switches_as_metadata, write_switches_beside
 from infctx.checkpoint.weights import write_pth, write_safetensors
 from infctx.errors import CheckpointError
 from infctx.export.options import ExportOptions, in_dtype
@@ -33,7 +34,8 @@ def prepare_pth(source: ModelTensors, options: ExportOptions) -> ModelTensors:
 
 
 def write_official_pth(source: ModelTensors, path: Path, options: ExportOptions) -> list[str]:
-    """A .pth as the official trainer writes it; the format has no place for the tokenizer's name."""
+    """A .pth as the official trainer writes it; the format has no place for the tokenizer's name or for switches."""
+    write_switches_beside(path, source.config)
     write_pth(path, source.tensors)
     return []
 
@@ -45,7 +47,7 @@ def prepare_safetensors(source: ModelTensors, options: ExportOptions) -> ModelTe
 
 def write_official_safetensors(source: ModelTensors, path: Path, options: ExportOptions) -> list[str]:
     """The same tensors as safetensors, with the tokenizer's name in the metadata; a folder that exists gets shards."""
-    metadata = {"format": "pt", "infctx.version": source.config.version}
+    metadata = {"format": "pt", "infctx.version": source.config.version, **switches_as_metadata(source.config)}
     if source.tokenizer is not None:
         metadata[TOKENIZER_KEY] = source.tokenizer
     if path.is_dir():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from infctx.checkpoint.atomic import remove_tree, set_aside
 from infctx.checkpoint.model_file import open_model
+from infctx.checkpoint.switches import move_switches, remove_switches
 from infctx.data.tokenizer import TOKENIZER_OF_VOCAB_SIZE
 from infctx.errors import CheckpointError
 from infctx.export.catalog import FORMATS, check_output, write_prepared
@@ -73,19 +74,24 @@ def export_model(
         before_writing = time.perf_counter()
         notes = [*told, *write_prepared(prepared, unproved, format, options)]
         if prepared.config.version != source.config.version:
-            notes.insert(0, f"{format} knows Finch only: this Eagle is written as the Finch that computes the same.")
+            notes.insert(
+                0,
+                f"{format} knows Finch only: this {source.config.name} is written as the Finch that computes the same.",
+            )
         writing = time.perf_counter() - before_writing
         found = probe_logits(replace(open_model(unproved, is_streamed=True), origin=f"{output}, read back"))
         _check_same(lambda: FORMATS[format].read_back(prepared, options), expected, found, output=output)
         num_bytes = _size(unproved)
         if output.is_dir():
             set_aside(output)
+        move_switches(unproved, output)
         os.replace(unproved, output)
     except OSError as error:
         error.filename = str(output)
         raise
     finally:
         remove_tree(unproved)
+        remove_switches(unproved)
     return Exported(
         path=output,
         format=format,

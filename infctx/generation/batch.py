@@ -59,7 +59,7 @@ def write_texts(
             continue
         assert state is not None
         tokens = torch.tensor([entry.row.tokens[-1] for entry in active], device=state.wkv.device)
-        logits = voice.step.advance_(tokens, state)
+        logits, state = voice.step.advance_(tokens, state)
         for entry, one in zip(active, logits, strict=True):
             entry.row.take(one)
             if entry.row.ended is not None:

@@ -88,7 +88,7 @@ class ChatSession:
                 is_told = is_told or bool(piece)
                 yield piece
                 if row.ended is None:
-                    logits = self.voice.step.advance_(torch.tensor(row.tokens[-1:], device=logits.device), state)
+                    logits, state = self.voice.step.advance_(torch.tensor(row.tokens[-1:], device=logits.device), state)
         except (KeyboardInterrupt, GeneratorExit):
             row.ended = row.ended or "interrupted"
             raise

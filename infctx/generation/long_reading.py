@@ -9,7 +9,7 @@ from pathlib import Path
 
 from infctx.errors import CheckpointError
 from infctx.generation.prompt_state import PromptState, Reader, digest_of, read_prompt_state, write_prompt_state
-from infctx.generation.reading import Reading, TokenArray, read_chunks
+from infctx.generation.reading import ReadChunk, Reading, TokenArray, read_chunks
 from infctx.model.finch import Finch
 
 SAVE_EVERY_SECONDS = 600.0
@@ -90,19 +90,19 @@ def read_long_text(
     start = found.reading if found is not None else behind
     if not goes_on(num_read) and found is not None:
         return found
-    reading: Reading | None = None
+    chunk: ReadChunk | None = None
     first = 0 if start is None else start.num_tokens - num_read
-    for reading in read_chunks(model, text.tokens[num_read:], start):
-        num_read = reading.num_tokens - first
+    for chunk in read_chunks(model, text.tokens[num_read:], start):
+        num_read = chunk.num_tokens - first
         is_whole = num_read == len(text.tokens)
         is_stopped = not goes_on(num_read) and not is_whole
         if text.file is not None and (is_whole or is_stopped or clock() - saved_at >= SAVE_EVERY_SECONDS):
-            write_prompt_state(text.file, _place(reader, text, reading, num_read))
+            write_prompt_state(text.file, _place(reader, text, chunk.whole(), num_read))
             saved_at = clock()
         if is_stopped:
             break
-    assert reading is not None
-    return _place(reader, text, reading, num_read)
+    assert chunk is not None
+    return _place(reader, text, chunk.whole(), num_read)
 
 
 def _place(reader: Reader, text: LongText, reading: Reading, num_read: int) -> PromptState:

@@ -27,7 +27,6 @@ from infctx.model.state import ModelState
 SCHEMA = 1
 SCHEMA_KEY = "infctx_prompt_state"
 _FACTS_KEY = "facts"
-_PARTS = ("wkv", "att_shift", "ffn_shift")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +137,7 @@ def read_prompt_state(path: Path, *, reader: Reader, config: FinchConfig, device
 
 def in_dtype(reading: Reading, *, state: torch.dtype, logits: torch.dtype) -> Reading:
     """The same place for a model whose states and logits have other dtypes."""
-    converted = ModelState(*(part.to(state) for part in reading.state))
+    converted = ModelState(*(part.to(state) if part.is_floating_point() else part for part in reading.state))
     return replace(reading, state=converted, logits=reading.logits.to(logits))
 
 
@@ -159,7 +158,7 @@ def _facts(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
 
 
 def _tensors_of(reading: Reading, prefix: str) -> dict[str, Tensor]:
-    named = {f"{prefix}{name}": part[:, 0] for name, part in zip(_PARTS, reading.state, strict=True)}
+    named = {f"{prefix}{name}": part[:, 0] for name, part in zip(reading.state.fields, reading.state, strict=True)}
     return named | {f"{prefix}logits": reading.logits}
 
 
@@ -167,16 +166,19 @@ def _reading(
     path: Path, tensors: Mapping[str, Tensor], prefix: str, num_tokens: int, config: FinchConfig, device: torch.device
 ) -> Reading:
     shapes = {
-        "wkv": (config.n_layer, config.n_head, config.head_size, config.head_size),
+        "wkv": (config.n_recurrent, config.n_head, config.head_size, config.head_size),
         "att_shift": (config.n_layer, config.n_embd),
         "ffn_shift": (config.n_layer, config.n_embd),
         "logits": (config.vocab_size,),
     }
+    if config.n_attention:
+        cached = tensors[f"{prefix}cached_tokens"].shape[-1] if f"{prefix}cached_tokens" in tensors else num_tokens
+        shapes |= {"cached_tokens": (1, cached), "cached": (1, cached, config.cache_width)}
     for name, shape in shapes.items():
         found = tuple(tensors[prefix + name].shape) if prefix + name in tensors else None
         if found != shape:
             raise CheckpointError(f"{path}: {prefix}{name}: expected shape {list(shape)}, found {found}.")
-    parts = [tensors[prefix + name][:, None].to(device) for name in _PARTS]
+    parts = [tensors[prefix + name][:, None].to(device) for name in shapes if name != "logits"]
     return Reading(state=ModelState(*parts), logits=tensors[prefix + "logits"].to(device), num_tokens=num_tokens)
 
 

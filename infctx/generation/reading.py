@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -35,30 +36,56 @@ class Reading:
 
 def read_tokens(model: Finch, tokens: TokenArray, before: Reading | None = None) -> Reading:
     """Read a text to its end; see `read_chunks`."""
-    *_, reading = read_chunks(model, tokens, before)
-    return reading
+    *_, last = read_chunks(model, tokens, before)
+    return last.whole()
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadChunk:
+    """A place between two chunks.
+
+    Attributes:
+        num_tokens: since the document's first.
+        whole: makes what it takes to go on from there, in another process too, to the same bits.
+    """
+
+    num_tokens: int
+    whole: Callable[[], Reading]
+
+
 def read_chunks(
     model: Finch, tokens: TokenArray, before: Reading | None = None, *, chunk_tokens: int = CHUNK_TOKENS
-) -> Iterator[Reading]:
-    """Read a text, chunk after chunk.
+) -> Iterator[ReadChunk]:
+    """Read a text, chunk after chunk. A GoldFinch's layers that attend run where a place is made whole, not before.
 
     Args:
         tokens: ids [n], n >= 1.
         before: what was read before it; None = a fresh document.
         chunk_tokens: read at once.
     Yields:
-        The place behind each chunk; it may be read on from there, in another process too, to the same bits.
+        The place behind each chunk.
     """
     assert len(tokens) > 0
     device = model.embedding.weight.device
-    state = model.fresh_state(1) if before is None else before.state
+    with torch.inference_mode():
+        state = model.fresh_state(1) if before is None else before.state
     num_tokens = 0 if before is None else before.num_tokens
+    tail: Tensor | None = None
     for start in range(0, len(tokens), chunk_tokens):
         chunk = torch.from_numpy(tokens[start : start + chunk_tokens].astype(np.int64))[None].to(device)
-        # The head at the last token only: at each of them it would take longer than a small model does.
-        hidden, state = model.forward_hidden(chunk, state)
+        with torch.inference_mode():
+            hidden, state = (model.forward_hidden if model.token_cat is None else model.skim)(chunk, state)
+            is_alone = model.token_cat is None or tail is None
+            tail = hidden if is_alone else torch.cat([tail, hidden], dim=1)
+            # Of a slice the whole chunk would stay in memory.
+            tail = tail[:, -model.num_tail :].clone()
         num_tokens += chunk.shape[1]
-        yield Reading(state=state, logits=model.head(hidden[:, -1:])[0, 0], num_tokens=num_tokens)
+        yield ReadChunk(num_tokens=num_tokens, whole=partial(_whole, model, tail, state, num_tokens))
+
+
+@torch.inference_mode()
+def _whole(model: Finch, tail: Tensor, state: ModelState, num_tokens: int) -> Reading:
+    if model.token_cat is not None:
+        tail, state = model.finish(tail, state)
+    # The head at the last token only: at each of them it would take longer than a small model does.
+    return Reading(state=state, logits=model.head(tail[:, -1:])[0, 0], num_tokens=num_tokens)

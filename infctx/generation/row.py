@@ -16,7 +16,7 @@ from infctx.generation.sampling import Sampler, SamplingOptions
 from infctx.generation.text_stream import TextStream
 from infctx.model.finch import Finch
 from infctx.model.single_token import SingleTokenStep
-from infctx.model.state import ModelState
+from infctx.model.state import ModelState, join_rows
 
 Ended = Literal["end_of_text", "stop", "length", "interrupted"]
 
@@ -115,11 +115,11 @@ def write_text(voice: Voice, row: Row, reading: Reading) -> Iterator[str]:
     while row.ended is None:
         yield row.take(logits[0])
         if row.ended is None:
-            logits = voice.step.advance_(torch.tensor(row.tokens[-1:], device=device), state)
+            logits, state = voice.step.advance_(torch.tensor(row.tokens[-1:], device=device), state)
 
 
 def copied(states: Sequence[ModelState]) -> ModelState:
     """The rows of several states in one, which may be changed."""
     # Outside of inference mode such a tensor could not be changed if it was made inside.
     with torch.inference_mode():
-        return ModelState(*(torch.cat(parts, dim=1).clone() for parts in zip(*states, strict=True)))
+        return ModelState(*(part.clone() for part in join_rows(states)))

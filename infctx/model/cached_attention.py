@@ -26,6 +26,8 @@ class KeyValueSource(Protocol):
     """Where keys and values come from. Differentiable tensors go in and out as lists of one order, `tensors`."""
 
     num_keys: int
+    # Keys before it are seen by no query.
+    first_key: int
 
     def leaves(self, begin: int, end: int, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What the keys from `begin` to `end` are made of: one tensor for each of `tensors`, all of it or a part."""
@@ -62,7 +64,7 @@ class _Attention(torch.autograd.Function):
         largest = query.new_full((rows, heads, num_queries, 1), -torch.inf, dtype=work)
         total = torch.zeros_like(largest)
         scaled = (query.to(work) * size**-0.5).transpose(1, 2)  # [B, H, T, N]
-        for begin, end in _spans(source.num_keys):
+        for begin, end in _spans(source):
             key, value = source.build(begin, end, source.leaves(begin, end, tensors))
             key, value = (tensor.to(work).transpose(1, 2) for tensor in (key, value))
             for tile in _tiles(rows * heads, num_queries, source.num_keys, begin, end):
@@ -95,7 +97,7 @@ class _Attention(torch.autograd.Function):
         scaled = query_by_head * scale
         d_query = torch.zeros_like(scaled)
         totals = [torch.zeros_like(t) if need else None for t, need in zip(tensors, needed, strict=True)]
-        for begin, end in _spans(source.num_keys):
+        for begin, end in _spans(source):
             with torch.enable_grad():
                 leaves = [
                     leaf.detach().requires_grad_(need)
@@ -119,8 +121,9 @@ class _Attention(torch.autograd.Function):
         return None, d_query.transpose(1, 2).to(query.dtype), None, *totals
 
 
-def _spans(num_keys: int) -> list[tuple[int, int]]:
-    return [(begin, min(begin + KEYS_AT_ONCE, num_keys)) for begin in range(0, num_keys, KEYS_AT_ONCE)]
+def _spans(source: KeyValueSource) -> list[tuple[int, int]]:
+    begins = range(source.first_key, source.num_keys, KEYS_AT_ONCE)
+    return [(begin, min(begin + KEYS_AT_ONCE, source.num_keys)) for begin in begins]
 
 
 def _tiles(rows_and_heads: int, num_queries: int, num_keys: int, begin: int, end: int) -> list[slice]:

@@ -9,50 +9,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from infctx.model.catalog import BLOCK_PARTS
+from infctx.model.block import AttentionBlock, Block
+from infctx.model.catalog import ATTENTION_PARTS
 from infctx.model.config import FinchConfig
+from infctx.model.gold import CachedKeys, TokenCat
 from infctx.model.layer_norm import LayerNorm
 from infctx.model.linear import Linear
+from infctx.model.seen_tokens import SeenTokens, mark_starts
 from infctx.model.state import ModelState, state_dtype
 from infctx.model.time_parallel import TimeGroup
-from infctx.shapes import Activations, LayerShift, LayerWkv, Logits, Starts, Tokens
+from infctx.shapes import Activations, Logits, Starts, Tokens
 from infctx_kernels import Backend
 
 # Backends in torch operations alone.
 PORTABLE = (Backend.TORCH, Backend.REFERENCE)
 
 
-class Block(nn.Module):
-    """One layer: time mix and channel mix, each on a normalised copy of the residual stream."""
-
-    def __init__(self, config: FinchConfig, *, has_initial_state: bool) -> None:
-        super().__init__()
-        time_mix, channel_mix = BLOCK_PARTS[config.version]
-        self.time_mix_norm = LayerNorm(config.n_embd, eps=config.layer_norm_eps)
-        self.time_mix = time_mix(config, has_initial_state=has_initial_state)
-        self.channel_mix_norm = LayerNorm(config.n_embd, eps=config.layer_norm_eps)
-        self.channel_mix = channel_mix(config)
-
-    def forward(
-        self, x: Activations, wkv: LayerWkv, att_shift: LayerShift, ffn_shift: LayerShift, starts: Starts | None
-    ) -> tuple[Activations, LayerWkv, LayerShift, LayerShift]:
-        """Run one layer; returns the residual stream and the layer's three new states."""
-        mixed, att_shift, wkv = self.time_mix(self.time_mix_norm(x), att_shift, wkv, starts)
-        x = x + mixed
-        mixed, ffn_shift = self.channel_mix(self.channel_mix_norm(x), ffn_shift, starts)
-        return x + mixed, wkv, att_shift, ffn_shift
-
-    def advance(
-        self, x: Activations, wkv: LayerWkv, att_shift: LayerShift, ffn_shift: LayerShift, starts: Starts | None
-    ) -> tuple[LayerWkv, LayerShift, LayerShift]:
-        """The three new states alone: the channel mix's output is not computed, it has no part in them."""
-        mixed, att_shift, wkv = self.time_mix(self.time_mix_norm(x), att_shift, wkv, starts)
-        last = self.channel_mix_norm((x + mixed)[:, -1])
-        return wkv, att_shift, self.channel_mix.advance(last, ffn_shift)
-
-
 class Finch(nn.Module):
-    """RWKV-6 "Finch", or RWKV-5.2 "Eagle" where the config says so."""
+    """RWKV-6 "Finch", or by its config the ancestor Eagle, Finch-C2, or a hybrid with attention in its last layers."""
 
     def __init__(
         self, config: FinchConfig, *, has_initial_state: bool = False, has_initial_shifts: bool = False
@@ -61,7 +35,14 @@ class Finch(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.input_norm = LayerNorm(config.n_embd, eps=config.layer_norm_eps)
-        self.blocks = nn.ModuleList(Block(config, has_initial_state=has_initial_state) for _ in range(config.n_layer))
+        kinds = [config.kind(layer) for layer in range(config.n_layer)]
+        self.blocks = nn.ModuleList(
+            AttentionBlock(config, kind)
+            if kind in ATTENTION_PARTS
+            else Block(config, kind, has_initial_state=has_initial_state)
+            for kind in kinds
+        )
+        self.token_cat = TokenCat(config) if "gold" in kinds else None
         self.output_norm = LayerNorm(config.n_embd, eps=config.layer_norm_eps)
         self.head = Linear(config.n_embd, config.vocab_size)
         # The dtype of the activations where it is not that of the weights: bf16 training keeps some weights float32.
@@ -95,47 +76,175 @@ class Finch(nn.Module):
         """The same without the head: what the head would be applied to, so that a loss can do it in pieces."""
         if state is None:
             state = self.fresh_state(tokens.shape[0])
-        x = self._embed(tokens)
-        layers = []
-        for block, layer_state in zip(self.blocks, _by_layer(state), strict=True):
-            if self.recomputes_layers and torch.is_grad_enabled():
-                x, *new_states = checkpoint(block, x, *layer_state, starts, use_reentrant=False)
-            else:
-                x, *new_states = block(x, *layer_state, starts)
-            layers.append(new_states)
-        return self.output_norm(x), _stacked(layers)
+        hidden, chunk = self.forward_chunk(tokens, state, starts=starts)
+        return hidden, state.followed_by(chunk)
+
+    def forward_chunk(
+        self, tokens: Tokens, state: ModelState, *, starts: Starts | None = None
+    ) -> tuple[Activations, ModelState]:
+        """The same, where the cache of the new state is that of the chunk alone: see `ModelState.followed_by`."""
+        x, layers = self._recur(tokens, state, starts)
+        if not self.config.n_attention:
+            return self.output_norm(x), _stacked(layers)
+        x, shifts, cache = self._attend(x, tokens, state, starts)
+        return self.output_norm(x), _hybrid(state, layers, shifts, cache)
 
     def advance(self, tokens: Tokens, state: ModelState, *, starts: Starts | None = None) -> ModelState:
-        """The new state alone, bit for bit that of `forward`; the last layer does no more than the state needs."""
+        """The new state alone; see `advance_chunk`."""
+        return state.followed_by(self.advance_chunk(tokens, state, starts=starts))
+
+    def advance_chunk(self, tokens: Tokens, state: ModelState, *, starts: Starts | None = None) -> ModelState:
+        """The new state alone, with the cache of the chunk alone. The last layers do no more than the state needs.
+
+        It is bit for bit that of `forward`; but for the shifts of GOLD's layers, which are so up to rounding.
+        """
+        if self.token_cat is not None:
+            x, whole = self.skim(tokens, state, starts=starts)
+            _, after = self.finish(x, whole)
+            return ModelState(*after.recurrent, *(part[:, :, state.num_cached :] for part in whole.cache))
+        if self.config.n_attention:
+            return self.forward_chunk(tokens, state, starts=starts)[1]
         x = self._embed(tokens)
-        *before, last_state = _by_layer(state)
         layers = []
+        *before, last_state = _by_layer(state)
         for block, layer_state in zip(self.blocks, before, strict=False):
             x, *new_states = block(x, *layer_state, starts)
             layers.append(new_states)
         layers.append(self.blocks[-1].advance(x, *last_state, starts))
         return _stacked(layers)
 
+    @property
+    def num_tail(self) -> int:
+        """The last tokens that GOLD's layers have to see for the output and the shifts of the very last one.
+
+        Two shifts in each layer carry what is wrong at the first of them one token further.
+        """
+        return 2 * self.config.n_attention + 1
+
+    def skim(
+        self, tokens: Tokens, state: ModelState, *, starts: Starts | None = None
+    ) -> tuple[Activations, ModelState]:
+        """Of a GoldFinch, the layers with a recurrence alone, which is all that filling the cache takes.
+
+        Returns:
+            The residual stream behind them, and the new state, where GOLD's shifts are still those before: see
+            `finish`.
+        """
+        assert self.token_cat is not None, "a GoldFinch"
+        x, layers = self._recur(tokens, state, starts)
+        own = mark_starts(tokens, starts, is_first=state.num_cached == 0)
+        chunk = _hybrid(state, layers, self._shifts(state), [own[None], self.token_cat.compress(x)[None]])
+        return x, state.followed_by(chunk)
+
+    def finish(self, x: Activations, state: ModelState) -> tuple[Activations, ModelState]:
+        """GOLD's layers behind `skim`, as far as the last token needs them.
+
+        Args:
+            x: what `skim` gave for the last tokens of the cache: all since GOLD's shifts were right, or at least
+                `num_tail`.
+            state: behind them.
+        Returns:
+            What the head would be applied to, of the last token alone, [B, 1, C]; and the state.
+        """
+        x = x[:, -self.num_tail :]
+        border = state.num_cached - x.shape[1]
+        tokens, vectors = state.cached_tokens[0], state.cached[0]
+        own = tokens[:, border:].to(x.device)
+        seen = SeenTokens(tokens[:, :border], own)
+        keys = self._cached_keys(seen, vectors[:, :border], vectors[:, border:].to(x))
+        x, shifts = self._run_gold(x, keys, self._shifts(state), own < 0)
+        first = self.config.n_recurrent
+        att_shift, ffn_shift = (torch.stack(parts) for parts in zip(*shifts, strict=True))
+        after = ModelState(
+            state.wkv,
+            torch.cat([state.att_shift[:first], att_shift]),
+            torch.cat([state.ffn_shift[:first], ffn_shift]),
+            *state.cache,
+        )
+        return self.output_norm(x[:, -1:]), after
+
+    def _recur(self, tokens: Tensor, state: ModelState, starts: Tensor | None) -> tuple[Tensor, list[Sequence[Tensor]]]:
+        """The layers with a recurrence: the residual stream behind them, and their new states."""
+        x = self._embed(tokens)
+        layers: list[Sequence[Tensor]] = []
+        for block, layer_state in zip(self.blocks, _by_layer(state), strict=False):
+            x, *new_states = self._run(block, x, *layer_state, starts)
+            layers.append(new_states)
+        return x, layers
+
+    def _attend(
+        self, x: Tensor, tokens: Tensor, state: ModelState, starts: Tensor | None
+    ) -> tuple[Tensor, list[Sequence[Tensor]], list[Tensor]]:
+        """The layers that attend: the residual stream behind them, their shifts, the cache of the chunk."""
+        own_tokens = mark_starts(tokens, starts, is_first=state.num_cached == 0)
+        seen, past = SeenTokens(state.cached_tokens[0], own_tokens), state.cached[0]
+        if self.token_cat is not None:
+            own = self.token_cat.compress(x)
+            x, shifts = self._run_gold(x, self._cached_keys(seen, past, own), self._shifts(state), starts)
+            return x, shifts, [own_tokens[None], own[None]]
+        shifts, caches = [], []
+        pasts = past.split(2 * self.config.dim_att, dim=-1)
+        blocks = self.blocks[self.config.n_recurrent :]
+        for block, pair, of_layer in zip(blocks, self._shifts(state), pasts, strict=True):
+            x, *pair, own = self._run(block, x, seen, of_layer, *pair, starts)
+            shifts.append(pair)
+            caches.append(own)
+        return x, shifts, [own_tokens[None], torch.cat(caches, dim=-1)[None]]
+
+    def _run_gold(
+        self, x: Tensor, keys: CachedKeys, before: Sequence[Sequence[Tensor]], starts: Tensor | None
+    ) -> tuple[Tensor, list[Sequence[Tensor]]]:
+        shifts: list[Sequence[Tensor]] = []
+        for block, pair in zip(self.blocks[self.config.n_recurrent :], before, strict=True):
+            x, *pair = self._run(block, x, keys, None, *pair, starts)
+            shifts.append(pair)
+        return x, shifts
+
+    def _run(self, block: nn.Module, *inputs: object) -> tuple[Tensor, ...]:
+        if self.recomputes_layers and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def _cached_keys(self, seen: SeenTokens, past: Tensor, own: Tensor) -> CachedKeys:
+        assert self.token_cat is not None
+        return CachedKeys(
+            seen,
+            past,
+            own,
+            embedding=self.embedding,
+            embedding_norm=self.input_norm,
+            token_cat=self.token_cat,
+        )
+
+    def _shifts(self, state: ModelState) -> list[Sequence[Tensor]]:
+        """Of the layers that attend."""
+        first = self.config.n_recurrent
+        return list(zip(state.att_shift[first:].unbind(0), state.ffn_shift[first:].unbind(0), strict=True))
+
     def fresh_state(self, rows: int) -> ModelState:
         """The state before a document's first token: zeros, or the tuned initial state (and then part of its graph)."""
         weight = self.embedding.weight
         zeros = ModelState.zeros(self.config, rows, dtype=self.state_dtype, device=weight.device)
         tuned = (
-            [block.time_mix.initial_state for block in self.blocks],
+            [block.time_mix.initial_state for block in self.blocks[: self.config.n_recurrent]],
             [block.time_mix.initial_shift for block in self.blocks],
             [block.channel_mix.initial_shift for block in self.blocks],
         )
         return ModelState(
             *(
-                zero if layers[0] is None else torch.stack(layers).to(zero.dtype)[:, None].expand_as(zero)
-                for layers, zero in zip(tuned, zeros, strict=True)
-            )
+                torch.stack(layers).to(zero.dtype)[:, None].expand_as(zero)
+                if layers and layers[0] is not None
+                else zero
+                for layers, zero in zip(tuned, zeros.recurrent, strict=True)
+            ),
+            # As many bytes as the model computes with: they are nothing that is added up.
+            *(part.to(self.activation_dtype) if part.is_floating_point() else part for part in zeros.cache),
         )
 
     @property
     def has_initial_state(self) -> bool:
         """Whether documents begin with a tuned state of the recurrence."""
-        return self.blocks[0].time_mix.initial_state is not None
+        return self.config.n_recurrent > 0 and self.blocks[0].time_mix.initial_state is not None
 
     @property
     def has_initial_shifts(self) -> bool:
@@ -147,7 +256,7 @@ class Finch(nn.Module):
         if self.has_initial_state:
             return
         heads, size = self.config.n_head, self.config.head_size
-        for block in self.blocks:
+        for block in self.blocks[: self.config.n_recurrent]:
             block.time_mix.initial_state = nn.Parameter(self._zeros(heads, size, size))
 
     def add_initial_shifts_(self) -> None:
@@ -161,7 +270,7 @@ class Finch(nn.Module):
     @property
     def state_dtype(self) -> torch.dtype:
         """The dtype of the recurrent state."""
-        return state_dtype(self._activation_dtype())
+        return state_dtype(self.activation_dtype)
 
     def recompute_layers(self, wanted: bool = True) -> None:
         """Keep only each layer's input for the backward pass, and run the layer again there: the same numbers."""
@@ -204,15 +313,27 @@ class Finch(nn.Module):
             # Before anything is rounded to bf16, where most of so small a number would be lost.
             x = x if x.dtype == torch.float64 else x.float()
             x = x + torch.empty_like(x).uniform_(-self.embedding_noise, self.embedding_noise)
-        return self.input_norm(x.to(self._activation_dtype()))
+        return self.input_norm(x.to(self.activation_dtype))
 
-    def _activation_dtype(self) -> torch.dtype:
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """The dtype of the residual stream."""
         return self.compute_dtype or self.embedding.weight.dtype
 
 
 def _by_layer(state: ModelState) -> list[tuple[Tensor, ...]]:
-    """The states of each layer, in the order of ModelState."""
-    return list(zip(*(tensor.unbind(0) for tensor in state), strict=True))
+    """The states of each layer with a recurrence, in the order of ModelState."""
+    # The shifts of those that attend follow.
+    return list(zip(*(tensor.unbind(0) for tensor in state.recurrent), strict=False))
+
+
+def _hybrid(
+    before: ModelState, recurrent: list[Sequence[Tensor]], attention: list[Sequence[Tensor]], cache: Sequence[Tensor]
+) -> ModelState:
+    """The state behind a chunk, its cache of the chunk alone."""
+    wkv = [wkv for wkv, _, _ in recurrent]
+    att_shift, ffn_shift = zip(*(layer[-2:] for layer in [*recurrent, *attention]), strict=True)
+    return ModelState(torch.stack(wkv) if wkv else before.wkv, torch.stack(att_shift), torch.stack(ffn_shift), *cache)
 
 
 def _stacked(layers: list[Sequence[Tensor]]) -> ModelState:

@@ -20,6 +20,8 @@ from infctx.model.tensors import StoredTensor
 _Any = TypeVar("_Any")
 
 PREFIXES = ("_forward_module.", "model.")
+# What no tensor of a GPTAlpha tells; that of every published one.
+GPTALPHA_HEAD_SIZE = 64
 
 _LAYER_NORMS = [("ln1", "time_mix_norm"), ("ln2", "channel_mix_norm")]
 _FINCH_TIME_MIX = [
@@ -44,21 +46,78 @@ _EAGLE_TIME_MIX = [
     ("time_decay", "decay_base"),
     ("time_faaaa", "bonus"),
 ]
+_FINCH_C2_TIME_MIX = [
+    ("time_maa_x", "lerp_input"),
+    ("time_maa_r", "lerp_receptance"),
+    ("time_maa_k", "lerp_key"),
+    ("time_maa_v", "lerp_value"),
+    ("time_maa_w", "lerp_decay"),
+    ("time_maa_v2", "lerp_value2"),
+    ("time_maa_w1", "lerp_down"),
+    ("time_maa_w2", "lerp_up"),
+    ("time_decay", "decay_base"),
+    ("time_decay_w1", "decay_down"),
+    ("time_decay_w2", "decay_up"),
+    ("time_value2_w1", "value2_down"),
+    ("time_value2_w2", "value2_up"),
+    ("time_faaaa", "bonus"),
+]
+_GOLD_TIME_MIX = [
+    ("time_maa_x", "lerp_input"),
+    ("time_maa_q", "lerp_query"),
+    ("time_maa_k", "lerp_key"),
+    ("time_maa_v", "lerp_value"),
+    ("time_maa_v_cache", "lerp_cache"),
+    ("time_maa_q_w1", "lerp_query_down"),
+    ("time_maa_q_w2", "lerp_query_up"),
+    ("time_maa_kv_w1", "lerp_cache_down"),
+    ("time_maa_kv_w2", "lerp_cache_up"),
+    ("time_key_w1", "key_down"),
+    ("time_key_w2", "key_up"),
+    ("time_value_w1", "value_down"),
+    ("time_value_w2", "value_up"),
+]
+_GPTALPHA_TIME_MIX = [
+    ("time_maa_x", "lerp_input"),
+    ("time_maa_r", "lerp_receptance"),
+    ("time_maa_k", "lerp_key"),
+    ("time_maa_v", "lerp_value"),
+    ("time_maa_w1", "lerp_down"),
+    ("time_maa_w2", "lerp_up"),
+]
+_NORM_OF_HEADS = [("ln_x.weight", "group_norm.weight"), ("ln_x.bias", "group_norm.bias")]
 _MATRICES = [
-    ("receptance.weight", "receptance.weight"),
-    ("key.weight", "key.weight"),
-    ("value.weight", "value.weight"),
-    ("output.weight", "output.weight"),
-    ("gate.weight", "gate.weight"),
-    ("ln_x.weight", "group_norm.weight"),
-    ("ln_x.bias", "group_norm.bias"),
+    *((f"{name}.weight", f"{name}.weight") for name in ("receptance", "key", "value", "output", "gate")),
+    *_NORM_OF_HEADS,
+]
+
+
+def _norms(**names: str) -> list[tuple[str, str]]:
+    return [(f"{official}.{last}", f"{ours}.{last}") for official, ours in names.items() for last in ("weight", "bias")]
+
+
+_FINCH_C2_MATRICES = [
+    *((f"{name}.weight", f"{name}.weight") for name in ("receptance", "key", "value", "output")),
+    *_norms(ln_x="output_norm"),
+]
+_GOLD_MATRICES = [
+    *((f"{name}.weight", f"{name}.weight") for name in ("query", "output")),
+    *_norms(ln_q="query_norm", ln_k="key_norm", ln_v="value_norm", ln_x="output_norm"),
+]
+_GPTALPHA_MATRICES = [
+    *((f"{name}.weight", f"{name}.weight") for name in ("query", "key", "value", "output")),
+    *_norms(ln_r="receptance_norm", ln_k="key_norm", ln_v="value_norm", ln_x="output_norm"),
 ]
 _FINCH_CHANNEL_MIX = [("time_maa_k", "lerp_key"), ("time_maa_r", "lerp_receptance")]
 _EAGLE_CHANNEL_MIX = [("time_mix_k", "mix_key"), ("time_mix_r", "mix_receptance")]
 _CHANNEL_MATRICES = [(f"{name}.weight", f"{name}.weight") for name in ("key", "receptance", "value")]
+# Of each kind of block: vectors and low-rank pairs of the time mix, its matrices and norms, and the channel mix.
 _PARTS = {
-    "6": (_FINCH_TIME_MIX, _FINCH_CHANNEL_MIX),
-    "5.2": (_EAGLE_TIME_MIX, _EAGLE_CHANNEL_MIX),
+    "6": (_FINCH_TIME_MIX, _MATRICES, _FINCH_CHANNEL_MIX),
+    "5.2": (_EAGLE_TIME_MIX, _MATRICES, _EAGLE_CHANNEL_MIX),
+    "6c2": (_FINCH_C2_TIME_MIX, _FINCH_C2_MATRICES, _FINCH_CHANNEL_MIX),
+    "gold": (_GOLD_TIME_MIX, _GOLD_MATRICES, _FINCH_CHANNEL_MIX),
+    "gptalpha": (_GPTALPHA_TIME_MIX, _GPTALPHA_MATRICES, _FINCH_CHANNEL_MIX),
 }
 # In official files a vector of channels has two leading axes of length 1.
 _STORED_AS_1_1_C = ("time_maa_", "time_mix_", "time_decay")
@@ -77,18 +136,23 @@ class KeyRow(NamedTuple):
     ours: str
 
 
+def _every(index: int) -> Iterator[tuple[str, str]]:
+    """Rows of this part of all kinds of blocks, each once."""
+    yield from dict.fromkeys(row for parts in _PARTS.values() for row in parts[index])
+
+
+# Of all kinds. One of our names has one official name; an official one may be several of ours, by the kind of block.
 _BLOCK_ROWS = [
     *(KeyRow(f"{official}.{last}", f"{ours}.{last}") for official, ours in _LAYER_NORMS for last in ("weight", "bias")),
-    *(
-        KeyRow(f"att.{official}", f"time_mix.{ours}")
-        for official, ours in [*_FINCH_TIME_MIX, *_EAGLE_TIME_MIX, *_STARTS, *_MATRICES]
-    ),
-    *(
-        KeyRow(f"ffn.{official}", f"channel_mix.{ours}")
-        for official, ours in [*_FINCH_CHANNEL_MIX, *_EAGLE_CHANNEL_MIX, _SHIFT, *_CHANNEL_MATRICES]
-    ),
+    *(KeyRow(f"att.{official}", f"time_mix.{ours}") for official, ours in [*_every(0), *_STARTS, *_every(1)]),
+    *(KeyRow(f"ffn.{official}", f"channel_mix.{ours}") for official, ours in [*_every(2), _SHIFT, *_CHANNEL_MATRICES]),
+]
+_TOKEN_CAT_ROWS = [
+    KeyRow("w_kv_cache_a.weight", "token_cat.compress.weight"),
+    KeyRow("w_kv_cache_b.weight", "token_cat.decompress.weight"),
 ]
 _OTHER_ROWS = [
+    *_TOKEN_CAT_ROWS,
     KeyRow("emb.weight", "embedding.weight"),
     *(KeyRow(f"blocks.0.ln0.{last}", f"input_norm.{last}") for last in ("weight", "bias")),
     *(KeyRow(f"ln_out.{last}", f"output_norm.{last}") for last in ("weight", "bias")),
@@ -105,31 +169,40 @@ BLOCK_MATRICES = tuple(
 
 def key_rows(config: FinchConfig, *, has_initial_state: bool, has_initial_shifts: bool = False) -> Iterator[KeyRow]:
     """Every tensor of a model, in official order."""
-    time_mix, channel_mix = _PARTS[config.version]
     yield KeyRow("emb.weight", "embedding.weight")
     for i in range(config.n_layer):
         for official, ours in _LAYER_NORMS:
             yield from _norm(f"blocks.{i}.{official}", f"blocks.{i}.{ours}")
         if i == 0:
             yield from _norm("blocks.0.ln0", "input_norm")
-        state = [_STATE] if has_initial_state else []
+        time_mix, matrices, channel_mix = _PARTS[config.kind(i)]
+        state = [_STATE] if has_initial_state and i < config.n_recurrent else []
         shift = [_SHIFT] if has_initial_shifts else []
-        for official, ours in [*time_mix, *state, *shift, *_MATRICES]:
+        for official, ours in [*time_mix, *state, *shift, *matrices]:
             yield KeyRow(f"blocks.{i}.att.{official}", f"blocks.{i}.time_mix.{ours}")
         for official, ours in [*channel_mix, *shift, *_CHANNEL_MATRICES]:
             yield KeyRow(f"blocks.{i}.ffn.{official}", f"blocks.{i}.channel_mix.{ours}")
     yield from _norm("ln_out", "output_norm")
     yield KeyRow("head.weight", "head.weight")
+    if "gold" in config.kinds:
+        yield from _TOKEN_CAT_ROWS
 
 
 def find_row(name: str, *, is_official: bool) -> KeyRow | None:
-    """The row of a tensor's name, official or ours, of any version and layer; None if it is no such name."""
+    """The row of a tensor's name, official or ours, of any version and layer; None if it is no such name.
+
+    Of an official name that is several of ours, by the kind of the block, this is one: see `find_rows`.
+    """
+    return next(find_rows(name, is_official=is_official), None)
+
+
+def find_rows(name: str, *, is_official: bool) -> Iterator[KeyRow]:
+    """All rows that a tensor's name could be."""
     block = _IN_A_BLOCK.fullmatch(name)
     for start, rest, rows in (("", name, _OTHER_ROWS), *([(block[1], block[2], _BLOCK_ROWS)] if block else [])):
         for row in rows:
             if rest == (row.official if is_official else row.ours):
-                return KeyRow(start + row.official, start + row.ours)
-    return None
+                yield KeyRow(start + row.official, start + row.ours)
 
 
 def layer_of(name: str) -> int | None:
@@ -184,39 +257,67 @@ def strip_prefix(tensors: Mapping[str, _Any]) -> dict[str, _Any]:
     return dict(tensors)
 
 
-def read_config(tensors: Mapping[str, StoredTensor], *, file: str) -> FinchConfig:
+def read_config(tensors: Mapping[str, StoredTensor], *, file: str, head_size: int | None = None) -> FinchConfig:
     """Version and every size, from keys and shapes.
 
+    Args:
+        head_size: of a GPTAlpha, whose tensors do not tell it; None = 64.
     Raises:
         CheckpointError: another architecture, with its name; or a tensor that is missing or has an impossible shape.
     """
-    version = _version(tensors, file=file)
+    front = _front(tensors, file=file)
     emb = _get(tensors, "emb.weight", 2, file=file)
-    bonus = _get(tensors, "blocks.0.att.time_faaaa", None, file=file).shape
-    if len(bonus) not in (1, 2):
-        raise CheckpointError(
-            f"{file}: tensor blocks.0.att.time_faaaa: expected [heads, head size], found {list(bonus)}."
-        )
-    if len(bonus) == 1:  # squeezed, of one head
-        bonus = (1, *bonus)
     layers = {int(key.split(".")[1]) for key in tensors if key.startswith("blocks.") and key.split(".")[1].isdigit()}
     if layers != set(range(len(layers))):
         missing = sorted(set(range(max(layers))) - layers)
         raise CheckpointError(f"{file}: blocks {missing[:5]} are missing; the file is incomplete.")
-    lerp_rank = decay_rank = 0
-    if version == "6":
-        lerp_rank = _get(tensors, "blocks.0.att.time_maa_w2", 3, file=file).shape[1]
-        decay_rank = _get(tensors, "blocks.0.att.time_decay_w1", 2, file=file).shape[1]
+    back, n_attention = _attention_layers(tensors, len(layers), file=file)
+    sizes = {"lerp_rank": 0, "decay_rank": 0, "value_rank": 0, "key_value_rank": 0, "cache_rank": 0}
+    if front in ("6", "6c2"):
+        sizes["lerp_rank"] = _get(tensors, "blocks.0.att.time_maa_w2", 3, file=file).shape[1]
+        sizes["decay_rank"] = _get(tensors, "blocks.0.att.time_decay_w1", 2, file=file).shape[1]
+    if front == "6c2":
+        sizes["value_rank"] = _get(tensors, "blocks.0.att.time_value2_w1", 2, file=file).shape[1]
+    if front == "gptalpha":
+        sizes["lerp_rank"] = _get(tensors, "blocks.0.att.time_maa_w2", 3, file=file).shape[1]
+    if back == "gold":
+        last = f"blocks.{len(layers) - 1}.att."
+        sizes["key_value_rank"] = _get(tensors, f"{last}time_key_w1", 2, file=file).shape[1]
+        sizes["cache_rank"] = _get(tensors, "w_kv_cache_a.weight", 2, file=file).shape[0]
+        found, expected = _get(tensors, "w_kv_cache_b.weight", 2, file=file).shape, emb.shape[1] + sizes["cache_rank"]
+        if found[1] != expected:
+            raise CheckpointError(
+                f"{file}: tensor w_kv_cache_b.weight: expected [width of the attention, {expected}], the channels and "
+                f"the {sizes['cache_rank']} rows of w_kv_cache_a, found {list(found)}."
+            )
+    if front == "gptalpha":
+        width = _get(tensors, "blocks.0.att.query.weight", 2, file=file).shape[0]
+        size = head_size or GPTALPHA_HEAD_SIZE
+        if width % size:
+            raise CheckpointError(
+                f"{file}: tensor blocks.0.att.query.weight: expected rows in heads of {size}"
+                f"{'' if head_size else ', as every published model has them'}, found {width} rows."
+            )
+        heads = (width // size, size)
+    else:
+        heads = _get(tensors, "blocks.0.att.time_faaaa", None, file=file).shape
+        if len(heads) not in (1, 2):
+            raise CheckpointError(
+                f"{file}: tensor blocks.0.att.time_faaaa: expected [heads, head size], found {list(heads)}."
+            )
+        if len(heads) == 1:  # squeezed, of one head
+            heads = (1, *heads)
     return FinchConfig(
-        version=version,
+        version={"gold": "goldfinch", "gptalpha": "gptalpha", None: front}[back],
         n_layer=len(layers),
         n_embd=emb.shape[1],
         vocab_size=emb.shape[0],
-        head_size=bonus[1],
-        n_head=bonus[0],
+        head_size=heads[1],
+        n_head=heads[0],
         dim_ffn=_get(tensors, "blocks.0.ffn.key.weight", 2, file=file).shape[0],
-        lerp_rank=lerp_rank,
-        decay_rank=decay_rank,
+        n_attention=n_attention,
+        **({"front": front} if n_attention and front != "gptalpha" else {}),
+        **sizes,
     )
 
 
@@ -256,21 +357,55 @@ def _get(tensors: Mapping[str, StoredTensor], key: str, dims: int | None, *, fil
     return tensors[key]
 
 
-def _version(tensors: Mapping[str, StoredTensor], *, file: str) -> str:
+def _attention_layers(tensors: Mapping[str, object], n_layer: int, *, file: str) -> tuple[str | None, int]:
+    """What the layers at the back are that attend, and how many there are."""
+    marks = {"gold": ("time_maa_q", "time_maa_v_cache", "time_maa_kv_w1", "time_key_w1"), "gptalpha": ("ln_r.weight",)}
+
+    def kind(layer: int) -> str | None:
+        found = (kind for kind, names in marks.items() if any(f"blocks.{layer}.att.{n}" in tensors for n in names))
+        return next(found, None)
+
+    kinds = [kind(layer) for layer in range(n_layer)]
+    first = next((layer for layer, kind in enumerate(kinds) if kind is not None), n_layer)
+    back = kinds[first] if first < n_layer else None
+    for layer in range(first, n_layer):
+        if kinds[layer] != back:
+            raise CheckpointError(
+                f"{file}: expected attention in all layers from {first} on, as blocks.{first}.att has it ({back}); "
+                f"blocks.{layer}.att is {kinds[layer] or 'a recurrence'}. The file is damaged, or another architecture."
+            )
+    cache = [row.official for row in _TOKEN_CAT_ROWS if row.official in tensors]
+    if cache and back != "gold":
+        raise CheckpointError(
+            f"{file}: has {cache[0]}, of a GoldFinch, and no GOLD layer (blocks.*.att.time_maa_q): the layers at the "
+            "back are missing or were left out."
+        )
+    if back == "gold" and first == 0:
+        raise CheckpointError(f"{file}: blocks.0.att is GOLD; expected layers with a recurrence in front of it.")
+    return back, n_layer - first
+
+
+def _front(tensors: Mapping[str, StoredTensor], *, file: str) -> str:
+    """The kind of the first block."""
+
     def refuse(what: str) -> CheckpointError:
-        return CheckpointError(f"{file}: this is {what}. infctx reads RWKV-6 (x060) and RWKV-5.2 (x052) models.")
+        return CheckpointError(
+            f"{file}: this is {what}. infctx reads RWKV-6 (x060, x060c2), RWKV-5.2 (x052), GoldFinch and GPTAlpha."
+        )
 
     keys = set(tensors)
     if any(key.endswith(("att.k_k", "att.x_r")) for key in keys):
         raise refuse("an RWKV-7 model")
-    if "w_kv_cache_a.weight" in keys:
-        raise refuse("a GoldFinch model")
-    if "blocks.0.att.query.weight" in keys:
-        raise refuse("a GPTAlpha or hybrid model")
+    if "blocks.0.att.ln_r.weight" in keys:
+        return "gptalpha"
+    if "blocks.0.att.query.weight" in keys and "blocks.0.att.time_maa_q" not in keys:
+        raise refuse("a model with attention of another kind")
     if "blocks.0.att.time_maa_x" in keys:
+        if any(f"blocks.0.att.{name}" in keys for name in ("time_maa_v2", "time_value2_w1")):
+            return "6c2"
+        if "blocks.0.att.time_maa_q" in keys:
+            return "6"  # `_attention_layers` refuses it
         experiments = {
-            "time_maa_v2": "a Finch-C2 model",
-            "time_value2_w1": "a Finch-C2 model",
             "time_maa_rkvw_w1": "an x060b or x060c experiment",
             "gate_w1": "an x060a experiment",
         }

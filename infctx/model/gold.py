@@ -9,35 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from infctx.model.cached_attention import attend
+from infctx.model.cached_attention import KeyValueSource, attend
 from infctx.model.config import FinchConfig
 from infctx.model.layer_norm import LayerNorm
 from infctx.model.linear import Linear
+from infctx.model.rotary import rotate
+from infctx.model.seen_tokens import SeenTokens
 from infctx.model.time_parallel import TimeGroup
 from infctx.model.token_shift import shift_behind, token_shift, vector_before
 from infctx.shapes import Activations, LayerShift, Starts
 from infctx_kernels.linear import linear
 
 RMS_EPS = 1e-8
-ROPE_BASE = 10_000.0
-
-
-class KeyCache(NamedTuple):
-    """What attention knows of the tokens so far.
-
-    tokens: ids. compressed: in the dtype of the state. first: where the document under way begins.
-    """
-
-    tokens: Int[Tensor, "B P"]
-    compressed: Float[Tensor, "B P K"]
-    first: Int[Tensor, " B"]
 
 
 class TokenCat(nn.Module):
@@ -50,49 +39,38 @@ class TokenCat(nn.Module):
 
 
 class CachedKeys:
-    """The cache with a chunk's own tokens behind it, as a source of keys and values for every GOLD layer.
+    """The cache with a chunk's own tokens behind it, as what every GOLD layer makes its keys and values of.
 
     Args:
-        past: of the tokens before the chunk; its vectors may be on another device.
-        tokens, compressed: of the chunk's own tokens; gradients flow into both vectors.
-        starts: True at a document's first token.
+        seen: the tokens of both.
+        past: the compressed vectors before the chunk; they may be on another device.
+        own: of the chunk's tokens. Gradients flow into both.
+        embedding: with its norm behind it, both as the model's first layer has them.
     """
 
     def __init__(
         self,
-        past: KeyCache,
-        tokens: Int[Tensor, "B T"],
-        compressed: Float[Tensor, "B T K"],
-        starts: Starts | None,
+        seen: SeenTokens,
+        past: Float[Tensor, "B P K"],
+        own: Float[Tensor, "B T K"],
         *,
-        embedding: Tensor,
+        embedding: nn.Embedding,
         embedding_norm: LayerNorm,
-        decompress: Tensor,
+        token_cat: TokenCat,
     ) -> None:
-        self.num_past, self.device = past.tokens.shape[1], tokens.device
-        self.num_keys = self.num_past + tokens.shape[1]
-        self.tokens = torch.cat([past.tokens.to(self.device), tokens.to(torch.int32)], dim=1)
-        self.past, self.own = past.compressed, compressed
-        places = torch.arange(self.num_past, self.num_keys, device=self.device)
-        begins = past.first[:, None].expand(-1, len(places))
-        if starts is not None:
-            begins = torch.maximum(begins, torch.where(starts, places, -1).cummax(dim=1).values)
-        self.first: Int[Tensor, "B T"] = begins
-        self.before = past.first
-        self.shared = [embedding, embedding_norm.weight, embedding_norm.bias, decompress]
-        self.norm_eps = embedding_norm.eps
+        self.seen, self.past, self.own = seen, past, own
+        self._embedding, self._embedding_norm, self._token_cat = embedding, embedding_norm, token_cat
 
-    def behind(self) -> KeyCache:
-        """The cache with the chunk's tokens in it."""
-        compressed = torch.cat([self.past, self.own.to(self.past.device, self.past.dtype)], dim=1)
-        return KeyCache(self.tokens, compressed, self.first[:, -1])
+    @property
+    def norm_eps(self) -> float:
+        """Of the norm behind the embedding."""
+        return self._embedding_norm.eps
 
-    def is_start(self, begin: int, end: int) -> Bool[Tensor, "B n"]:
-        """Whether nothing of the same document is before the token at a place."""
-        places = torch.arange(begin, end, device=self.device)
-        past = places[places < self.num_past] == self.before[:, None]
-        own = places[places >= self.num_past]
-        return torch.cat([past, own == self.first[:, own - self.num_past]], dim=1)
+    def tensors(self) -> list[Tensor]:
+        """What all layers make their keys and values of. Asked for in each layer: an engine may gather them there."""
+        norm = self._embedding_norm
+        shared = [self._embedding.weight, norm.weight, norm.bias, self._token_cat.decompress.weight]
+        return [*shared, self.past, self.own]
 
 
 class GoldTimeMix(nn.Module):
@@ -105,8 +83,9 @@ class GoldTimeMix(nn.Module):
         self.uses_rope = config.uses_rope
         self.query = Linear(channels, width)
         self.output = Linear(width, channels)
-        self.query_norm, self.key_norm = LayerNorm(width), LayerNorm(width)
-        self.value_norm, self.output_norm = LayerNorm(width), LayerNorm(width)
+        eps = config.layer_norm_eps
+        self.query_norm, self.key_norm = LayerNorm(width, eps=eps), LayerNorm(width, eps=eps)
+        self.value_norm, self.output_norm = LayerNorm(width, eps=eps), LayerNorm(width, eps=eps)
         self.lerp_input = nn.Parameter(torch.empty(channels))
         self.lerp_query = nn.Parameter(torch.empty(channels))
         self.lerp_key = nn.Parameter(torch.empty(channels))
@@ -131,14 +110,31 @@ class GoldTimeMix(nn.Module):
     ) -> tuple[Activations, LayerShift]:
         """Attend to everything so far; hidden is the block's normalised input. Returns the output and the new shift."""
         before, after = vector_before(hidden, shift, self.time_group)
-        rows, num_tokens, _ = hidden.shape
+        query, source, tensors, _ = self.sides(hidden, before, keys, starts)
+        mixed = attend(query, keys.seen.first, source, tensors)
+        return self.closed(mixed), shift_behind(hidden, shift, after)
+
+    def sides(
+        self, hidden: Activations, before: LayerShift, keys: CachedKeys, starts: Starts | None
+    ) -> tuple[Float[Tensor, "B T H N"], KeyValueSource, list[Tensor], list[Tensor]]:
+        """The two sides of the attention: queries; the source of keys and values, and what it makes them of.
+
+        And what the layer adds to the cache, which is nothing.
+        """
         query = self.query_norm(self.query(self._query_input(hidden, before, starts)))
-        query = query.view(rows, num_tokens, self.n_head, self.head_size)
+        query = query.unflatten(-1, (self.n_head, self.head_size))
         if self.uses_rope:
-            query = rotate(query, keys.num_past)
-        source = _LayerKeys(self, keys, hidden.dtype)
-        mixed = attend(query, keys.first, source, source.tensors)
-        return self.output(self.output_norm(mixed.view(rows, num_tokens, -1))), shift_behind(hidden, shift, after)
+            query = rotate(query, keys.seen.offset + keys.seen.num_past)
+        return query, *self.source(keys, hidden.dtype), []
+
+    def source(self, keys: CachedKeys, dtype: torch.dtype) -> tuple[KeyValueSource, list[Tensor]]:
+        """Of this layer's keys and values, and what it makes them of."""
+        source = _LayerKeys(self, keys, dtype)
+        return source, source.tensors
+
+    def closed(self, mixed: Float[Tensor, "B T H N"]) -> Activations:
+        """The output of what was attended to."""
+        return self.output(self.output_norm(mixed.flatten(-2)))
 
     def _query_input(self, hidden: Tensor, before: Tensor, starts: Tensor | None) -> Tensor:
         backend, start, dtype = self.surrounding_backend, self.initial_shift, hidden.dtype
@@ -158,7 +154,8 @@ class _LayerKeys:
     EMBEDDING, PAST, OWN = 0, 4, 5
 
     def __init__(self, layer: GoldTimeMix, keys: CachedKeys, dtype: torch.dtype) -> None:
-        self._keys, self._dtype, self.num_keys = keys, dtype, keys.num_keys
+        self._seen, self._dtype, self._embedding_eps = keys.seen, dtype, keys.norm_eps
+        self.num_keys, self.first_key = keys.seen.num_keys, keys.seen.first_key
         self._n_head, self._uses_rope = layer.n_head, layer.uses_rope
         self._norm_eps = layer.key_norm.eps
         own = (
@@ -166,19 +163,19 @@ class _LayerKeys:
             *(layer.key_down, layer.key_up, layer.value_down, layer.value_up),
             *(layer.key_norm.weight, layer.key_norm.bias, layer.value_norm.weight, layer.value_norm.bias),
         )
-        self.tensors: list[Tensor] = [*keys.shared, keys.past, keys.own, *own]
+        self.tensors: list[Tensor] = [*keys.tensors(), *own]
 
     def leaves(self, begin: int, end: int, tensors: Sequence[Tensor]) -> list[Tensor]:
         leaves = list(tensors)
         leaves[self.EMBEDDING] = F.embedding(self._ids(begin, end), tensors[self.EMBEDDING])
         past, own = self._parts(begin, end)
-        leaves[self.PAST] = tensors[self.PAST][:, past].to(self._keys.device)
+        leaves[self.PAST] = tensors[self.PAST][:, past].to(self._seen.device)
         leaves[self.OWN] = tensors[self.OWN][:, own]
         return leaves
 
     def build(self, begin: int, end: int, leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         # Outside autocast, which would choose other dtypes in the backward pass.
-        with torch.autocast(self._keys.device.type, enabled=False):
+        with torch.autocast(self._seen.device.type, enabled=False):
             return self._build(begin, end, [leaf.to(self._dtype) for leaf in leaves])
 
     def add_(self, begin: int, end: int, gradients: Sequence[Tensor | None], totals: Sequence[Tensor | None]) -> None:
@@ -197,20 +194,20 @@ class _LayerKeys:
 
     def _ids(self, begin: int, end: int) -> Tensor:
         # With the token before, for the shift.
-        return self._keys.tokens[:, max(0, begin - 1) : end]
+        return self._seen.ids(max(0, begin - 1), end)
 
     def _parts(self, begin: int, end: int) -> tuple[slice, slice]:
-        begin, border = max(0, begin - 1), self._keys.num_past
+        begin, border = max(0, begin - 1), self._seen.num_past
         return slice(begin, min(end, border)), slice(max(0, begin - border), max(0, end - border))
 
     def _build(self, begin: int, end: int, leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         embedded, norm_weight, norm_bias, decompress, past, own, *of_layer = leaves
         lerp_cache, lerp_down, lerp_up, lerp_key, lerp_value, *of_layer = of_layer
         key_down, key_up, value_down, value_up, *norms = of_layer
-        embedded = F.layer_norm(embedded, norm_weight.shape, norm_weight, norm_bias, self._keys.norm_eps)
+        embedded = F.layer_norm(embedded, norm_weight.shape, norm_weight, norm_bias, self._embedding_eps)
         base = rms(F.linear(torch.cat([embedded, torch.cat([past, own], dim=1)], dim=-1), decompress))
         original = rms(embedded)
-        is_start = self._keys.is_start(begin, end)[..., None]
+        is_start = self._seen.is_start(begin, end)[..., None]
         base, before_base = _shifted(base, is_start)
         original, before = _shifted(original, is_start)
         low = torch.tanh(torch.addcmul(original, before, lerp_cache) @ lerp_down)
@@ -221,24 +218,14 @@ class _LayerKeys:
         value = value + torch.tanh(value @ value_down) @ value_up
         key = F.layer_norm(key, norms[0].shape, norms[0], norms[1], self._norm_eps).unflatten(-1, (self._n_head, -1))
         value = F.layer_norm(value, norms[2].shape, norms[2], norms[3], self._norm_eps)
-        return rotate(key, begin) if self._uses_rope else key, value.unflatten(-1, (self._n_head, -1))
+        value = value.unflatten(-1, (self._n_head, -1))
+        return rotate(key, self._seen.offset + begin) if self._uses_rope else key, value
 
 
 def rms(x: Tensor) -> Tensor:
     """Each vector divided by its root mean square, without a learned scale."""
     work = x if x.dtype == torch.float64 else x.float()
     return (work / (work.norm(dim=-1, keepdim=True) / math.sqrt(x.shape[-1]) + RMS_EPS)).to(x.dtype)
-
-
-def rotate(x: Float[Tensor, "B T H N"], begin: int) -> Float[Tensor, "B T H N"]:
-    """Rotary positions: lanes 2p and 2p + 1 turned by place · 10000^(-2p/N); only differences of places matter."""
-    size, work = x.shape[-1], torch.float64
-    places = torch.arange(begin, begin + x.shape[1], dtype=work, device=x.device)
-    rates = ROPE_BASE ** (-torch.arange(0, size, 2, dtype=work, device=x.device) / size)
-    angles = (places[:, None] * rates)[None, :, None]  # [1, T, 1, N / 2]
-    cos, sin = (part.to(x.dtype) for part in (angles.cos(), angles.sin()))
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
 def _shifted(x: Tensor, is_start: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ def report_in_words(report: Report) -> list[str]:
 
 def _headline(report: Report) -> list[str]:
     plan, config, spread = report.plan, report.plan.config, report.plan.spread
-    name = released_name(config) or {"6": "Finch", "5.2": "Eagle"}[config.version]
+    name = released_name(config) or config.name
     shared = f", {spread.time_parallel} share each chunk" if spread.time_parallel > 1 else ""
     offload = f", offload {spread.offload}" if spread.offload != "none" else ""
     machines = f" on {spread.num_nodes} machines" if spread.num_nodes > 1 else ""

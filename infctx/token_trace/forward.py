@@ -81,7 +81,7 @@ def look_at_token(objective: Objective, model: Finch, chunk: Chunk, state: Model
         hooks.callback(model.output_norm.register_forward_hook(note_head).remove)
         hooks.callback(model.blocks[-1].time_mix.register_forward_pre_hook(note_recurrence).remove)
         # What only needs the state afterwards would leave out the head and half of the last layer.
-        after = run_chunk(objective, chunk, state, reaches_all=True).state
+        after = state.followed_by(run_chunk(objective, chunk, state, reaches_all=True).state)
     return TokenForward(
         embedding=norms["embedding"],
         layers=[norms[f"layer {number}"] for number in range(len(model.blocks))],
@@ -93,8 +93,9 @@ def look_at_token(objective: Objective, model: Finch, chunk: Chunk, state: Model
 
 
 def state_norms(state: ModelState) -> dict[str, float]:
-    """The norm of each part of a state, or of a gradient of one."""
-    return {name: _norm(tensor) for name, tensor in zip(ModelState._fields, state, strict=True)}
+    """The norm of each part of a state, or of a gradient of one; of the tokens in a cache there is none."""
+    parts = zip(state.fields, state, strict=True)
+    return {name: _norm(tensor) for name, tensor in parts if tensor.is_floating_point()}
 
 
 @contextmanager

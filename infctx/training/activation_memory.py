@@ -56,7 +56,7 @@ def _saved_bytes(objective: Callable[..., tuple[Tensor, ...]], model: Finch, num
     tokens = torch.zeros(1, num_tokens, dtype=torch.int64, device=device)
     weight = torch.ones(1, num_tokens, device=device)
     state = ModelState.zeros(model.config, 1, dtype=model.state_dtype, device=device)
-    leaves = [tensor.requires_grad_() for tensor in state]
+    leaves = state.leaves()
     before = random_state(device)
     try:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

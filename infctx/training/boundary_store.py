@@ -48,11 +48,13 @@ class BoundaryPlan:
     """How a run keeps its boundary states.
 
     where: which store. is_thinned: keep every sqrt(n)-th of n and recompute the others. folder: for the disk store.
+    cache_on_host: what layers with attention cache, and its gradient, stay in host memory.
     """
 
     where: Where = "device"
     is_thinned: bool = False
     folder: Path | None = None
+    cache_on_host: bool = False
 
     def open_store(self) -> BoundaryStore:
         """An empty store."""

@@ -6,8 +6,10 @@ from the last chunk to the first, recomputes one chunk with a graph, and calls b
     objective = loss sum of the chunk / weight total of the step + Σ over state tensors <d state after, state after>
 
 `d state after` is what the chunk behind it found; the gradient of the state before becomes the next one's. Parameters
-accumulate their gradients over the chunks. A window of one chunk is classical truncated backpropagation and needs no
-sweep 1. State values always cross every border; gradients cross only the borders inside a window.
+accumulate their gradients over the chunks. Of what layers with attention have cached of a chunk, the gradient is added
+up over all chunks behind it, before its own turn comes: see `window_cache`. A window of one chunk is classical
+truncated backpropagation and needs no sweep 1. State values always cross every border; gradients cross only the borders
+inside a window.
 
 The same code serves `backward_through_chunks`, `chunked_step` and the training loop, on every engine.
 """
@@ -30,6 +32,7 @@ from infctx.training.loss import CROSS_ENTROPY, LossTerms, weighted_loss_sum
 from infctx.training.random_replay import RandomReplay, replayed
 from infctx.training.set_losses import add_set_losses, sum_by_set
 from infctx.training.step_place import WalkPlace, WindowsPlace
+from infctx.training.window_cache import WindowCache
 
 Window = int | Literal["document"]
 
@@ -37,7 +40,7 @@ Window = int | Literal["document"]
 class ChunkObjective(nn.Module):
     """One chunk as one call, head and loss inside: the only thing an engine wraps, and the only thing anybody calls.
 
-    The state travels as three tensors, so that nothing on the way can mistake it for activations and round it.
+    The state travels as its tensors, so that nothing on the way can mistake it for activations and round it.
     """
 
     def __init__(self, model: nn.Module, *, terms: LossTerms = CROSS_ENTROPY) -> None:
@@ -52,23 +55,22 @@ class ChunkObjective(nn.Module):
         targets: Targets,
         loss_weight: TokenWeights,
         starts: Starts | None,
-        wkv: Tensor,
-        att_shift: Tensor,
-        ffn_shift: Tensor,
-        *,
+        *state: Tensor,
         with_loss: bool,
         sets: UInt8[Tensor, "B T"] | None = None,
         num_sets: int = 1,
         most_tokens: int = 0,
     ) -> tuple[Scalar, *tuple[Tensor, ...]]:
-        """Weighted loss sum of the chunk (0 without a loss) and the state after it, three tensors.
+        """Weighted loss sum of the chunk (0 without a loss) and the tensors of the state after it.
 
-        With `sets`, the set of each target, a fifth follows: the part of each set in the sum, float64 [num_sets],
+        Of a state with a cache, that after it has the cache of the chunk alone: see `ModelState.followed_by`.
+
+        With `sets`, the set of each target, one more follows: the part of each set in the sum, float64 [num_sets],
         through which no gradient flows. most_tokens: see `weighted_loss_sum`.
         """
-        with in_compute_dtype(self.model, wkv.device):
-            state = ModelState(wkv, att_shift, ffn_shift)
-            return self._forward(tokens, targets, loss_weight, starts, state, with_loss, sets, num_sets, most_tokens)
+        before = ModelState(*state)
+        with in_compute_dtype(self.model, before.wkv.device):
+            return self._forward(tokens, targets, loss_weight, starts, before, with_loss, sets, num_sets, most_tokens)
 
     def _forward(
         self,
@@ -87,8 +89,8 @@ class ChunkObjective(nn.Module):
         # With dropout the whole of it runs, so that a chunk draws the same random numbers in both sweeps. Noise on the
         # embeddings is drawn first, and the same either way.
         if not with_loss and not (self._has_dropout and self.model.training):
-            return wkv.new_zeros(()), *self.model.advance(tokens, state, starts=starts), *of_sets
-        hidden, state = self.model.forward_hidden(tokens, state, starts=starts)
+            return wkv.new_zeros(()), *self.model.advance_chunk(tokens, state, starts=starts), *of_sets
+        hidden, state = self.model.forward_chunk(tokens, state, starts=starts)
         if not with_loss:
             return wkv.new_zeros(()), *state, *of_sets
         loss = weighted_loss_sum(
@@ -202,14 +204,16 @@ class _Walk:
             self._sweep_2()
             assert self._state_after is not None
             assert self._adjoint is not None
+            state_after = self._whole(self._num_chunks, self._state_after)
             if self._initial_gradient is None:
-                self._initial_gradient = self._adjoint
+                before = () if self._cache is None else self._cache.gradient_before()
+                self._initial_gradient = ModelState(*self._adjoint, *before)
             if self._first + self._length >= len(self._chunks):
                 break
             self._enter_window(self._first + self._length)
-            self._keep_boundary(0, self._state_after)
+            self._begin_window(state_after.trimmed())
         return ChunkedResult(
-            self._loss_sum, self._state_after, self._initial_gradient, self._largest_difference, self._set_losses
+            self._loss_sum, state_after, self._initial_gradient, self._largest_difference, self._set_losses
         )
 
     def place(self) -> WindowsPlace:
@@ -225,6 +229,7 @@ class _Walk:
             boundaries=boundaries,
             adjoint=self._adjoint,
             state_after=self._state_after if self._adjoint is not None else None,
+            cache=self._cache.to_tensors() if self._cache is not None else {},
             loss_sum=self._loss_sum,
             initial_gradient=self._initial_gradient,
             largest_difference=self._largest_difference,
@@ -239,11 +244,20 @@ class _Walk:
         self._initial_gradient: ModelState | None = None
         self._state_after: ModelState | None = None
         self._replay = RandomReplay(state.wkv.device) if self._keeps_random_state else None
+        self._cache: WindowCache | None = None
         self._enter_window(0)
-        self._keep_boundary(0, state)
+        self._begin_window(state)
+
+    def _begin_window(self, state: ModelState) -> None:
+        if state.has_cache:
+            self._cache = WindowCache(state, on_host=self._plan.cache_on_host)
+        self._keep_boundary(0, state.recurrent)
 
     def _go_on_from(self, place: WindowsPlace) -> None:
-        self._begin(place.boundaries[-1][1])
+        recurrent = place.boundaries[-1][1]
+        self._begin(recurrent)
+        if place.cache:
+            self._cache = WindowCache.from_tensors(place.cache, recurrent, on_host=self._plan.cache_on_host)
         self._loss_sum += place.loss_sum
         self._set_losses = place.set_losses
         self._largest_difference = place.largest_difference
@@ -271,6 +285,10 @@ class _Walk:
         self._next, self._state = index, state
         self._bank.put(index, state)
 
+    def _whole(self, index: int, recurrent: ModelState) -> ModelState:
+        """The state before a chunk of the window, with what is cached there."""
+        return recurrent if self._cache is None else self._cache.before(index, recurrent)
+
     def _sweep_1(self) -> None:
         """From the front, without a graph. The last chunk is not run: sweep 2 begins with it."""
         while self._next < self._num_chunks - 1:
@@ -286,22 +304,28 @@ class _Walk:
             self._bank.have_at_hand(self._next, self._advance)
             self._pause()
             before = self._bank.take(self._next, self._advance)
-            leaves = [tensor.detach().requires_grad_() for tensor in before]
+            leaves = self._whole(self._next, before).leaves()
             is_last = self._next == 0 and self._first + self._length >= len(self._chunks)
             reaches_all = self._expect is not None and self._expect(is_last)
             with replayed(self._replay, self._next):
                 chunk = self._chunks[self._first + self._next]
                 chunk_loss, after, set_losses = run_chunk(self._objective, chunk, leaves, reaches_all=reaches_all)
-            self._compare(after)
+            self._compare(after.recurrent)
             scalar = chunk_loss / self._weight_total
             if self._adjoint is None:
-                self._state_after = after.detach()
+                self._state_after = after.recurrent.detach()
                 # Tied in with weight 0, so that a chunk without a loss still has a graph to go backward through.
-                self._adjoint = ModelState(*(torch.zeros_like(tensor) for tensor in after))
-            products = zip(after, self._adjoint, strict=True)
+                self._adjoint = ModelState(*(torch.zeros_like(tensor) for tensor in after.recurrent))
+            products = list(zip(after.recurrent, self._adjoint, strict=True))
+            if self._cache is not None:
+                products.append((after.cached, self._cache.gradient_of(self._next, after)))
             self._backward(scalar + sum((tensor * gradient).sum() for tensor, gradient in products))
+            if self._cache is not None:
+                # Not before, while the graph holds parts of it.
+                self._cache.put(self._next, after)
+                self._cache.add_gradient(self._next, leaves.cached.grad)
             self._adjoint = ModelState(
-                *(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves)
+                *(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves.recurrent)
             ).detach()
             self._loss_sum += chunk_loss.detach()
             self._set_losses = add_set_losses(self._set_losses, set_losses)
@@ -315,6 +339,8 @@ class _Walk:
         """How far the state is from the one that sweep 1 found here, without asking the device for the answer."""
         if self._banked_after is not None:
             for found, banked in zip(after, self._banked_after, strict=True):
+                if not banked.numel():  # no layer with a recurrence
+                    continue
                 smallest = torch.finfo(banked.dtype).tiny
                 difference = (found - banked).abs().amax() / banked.abs().amax().clamp(min=smallest)
                 self._largest_difference = torch.maximum(self._largest_difference, difference)
@@ -325,7 +351,11 @@ class _Walk:
         self._pause()
         if self._replay is not None:
             self._replay.enter(index)
-        return run_chunk(self._objective, self._chunks[self._first + index], state, with_loss=False).state
+        chunk, before = self._chunks[self._first + index], self._whole(index, state)
+        after = run_chunk(self._objective, chunk, before, with_loss=False).state
+        if self._cache is not None:
+            self._cache.put(index, after)
+        return after.recurrent
 
     def _pause(self) -> None:
         if self._before_chunk is not None:
@@ -340,13 +370,15 @@ def forward_through_chunks(
     """The weighted loss sum (float64) and the state after the last chunk, without any gradient."""
     loss_sum = state.wkv.new_zeros((), dtype=torch.float64)
     for chunk in chunks:
-        chunk_loss, state, _ = run_chunk(objective, chunk, state, with_loss=with_loss)
+        chunk_loss, after, _ = run_chunk(objective, chunk, state, with_loss=with_loss)
+        state = state.followed_by(after)
         loss_sum += chunk_loss
     return loss_sum, state
 
 
 class ChunkOutputs(NamedTuple):
-    """What a ChunkObjective gave for a chunk. set_losses: None without sets, and where no loss was asked for."""
+    """What a ChunkObjective gave for a chunk. state: its cache is that of the chunk alone. set_losses: None without
+    sets, and where no loss was asked for."""
 
     loss: Tensor
     state: ModelState

@@ -68,7 +68,8 @@ def document_losses(
         sums: Tensor | None = None
         state = before
         for chunk in chunks:
-            _, state, of_chunk = run_chunk(objective, chunk, state)
+            _, after, of_chunk = run_chunk(objective, chunk, state)
+            state = state.followed_by(after)
             sums = add_set_losses(sums, of_chunk)
         assert sums is not None, "a group without a chunk"
         for names, loss_sum, weight in zip(origins, sums.tolist(), weights, strict=False):

@@ -217,7 +217,8 @@ def _one_step(
         states = [_without_infinities(state) for state in states]
     else:
         done.nonfinite_in_a_row = 0
-    return states if data.carries_state else []
+    # Of documents that have ended, nothing is cached on.
+    return [state.trimmed() for state in states] if data.carries_state else []
 
 
 def _states_before(run: Run, data: StepData, place: Place) -> list[ModelState]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from infctx.model.state import ModelState
+from infctx.model.state import CACHE_FIELDS, RECURRENT_FIELDS, ModelState
+from infctx.model.state import join_rows as _joined
 
 
 def split_rows(states: Sequence[ModelState], first_row: int) -> dict[str, Tensor]:
@@ -26,7 +27,7 @@ def split_rows(states: Sequence[ModelState], first_row: int) -> dict[str, Tensor
     for state in states:
         on_host = [tensor.detach().cpu() for tensor in state]
         for index in range(state.wkv.shape[1]):
-            for name, tensor in zip(ModelState._fields, on_host, strict=True):
+            for name, tensor in zip(state.fields, on_host, strict=True):
                 tensors[f"{row}.{name}"] = tensor[:, index : index + 1]
             row += 1
     return tensors
@@ -34,7 +35,7 @@ def split_rows(states: Sequence[ModelState], first_row: int) -> dict[str, Tensor
 
 def num_rows(tensors: Mapping[str, Tensor]) -> int:
     """How many rows have their states among these."""
-    return sum(name.endswith(f".{ModelState._fields[0]}") for name in tensors)
+    return sum(name.endswith(f".{RECURRENT_FIELDS[0]}") for name in tensors)
 
 
 def join_rows(
@@ -54,6 +55,11 @@ def join_rows(
     for group in range(num_groups):
         first = first_row + group * rows_per_group
         rows = range(first, first + rows_per_group)
-        parts = (torch.cat([tensors[f"{row}.{name}"] for row in rows], dim=1) for name in ModelState._fields)
-        states.append(ModelState(*(part.to(device) for part in parts)))
+        states.append(_joined([_state_of(tensors, row) for row in rows]).to(device))
     return states
+
+
+def _state_of(tensors: Mapping[str, Tensor], row: int) -> ModelState:
+    cache = (f"{row}.{name}" for name in CACHE_FIELDS)
+    recurrent = (tensors[f"{row}.{name}"] for name in RECURRENT_FIELDS)
+    return ModelState(*recurrent, *(tensors[name] for name in cache if name in tensors))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from infctx.model.state import ModelState
+from infctx.model.state import CACHE_FIELDS, RECURRENT_FIELDS, ModelState
 from infctx.training.boundary_store import Boundary
 
 RandomState = dict[str, Tensor]
@@ -41,6 +41,7 @@ class WindowsPlace:
         largest_difference: between recomputed and banked states so far.
         random: the generators before each chunk of the window that has run, and behind the last; empty without dropout.
         set_losses: the part of each set in loss_sum; None before the first, and where there is one set only.
+        cache: of the window, with its gradient; empty in a model without attention.
     """
 
     first: int
@@ -54,6 +55,7 @@ class WindowsPlace:
     largest_difference: Tensor
     random: list[RandomState]
     set_losses: Tensor | None = None
+    cache: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +94,7 @@ class StepPlace:
         for name in ("adjoint", "state_after", "initial_gradient"):
             if (state := getattr(windows, name)) is not None:
                 tensors.update(_named(name, state))
+        tensors.update({f"cache.{name}": tensor for name, tensor in windows.cache.items()})
         for group, state in enumerate(self.states_after):
             tensors.update(_named(f"group.{group}", state))
             tensors[f"group.{group}.loss_sum"] = self.loss_sums[group]
@@ -124,8 +127,8 @@ class StepPlace:
         """What `to_facts` and `to_tensors` gave, with states on the device."""
 
         def state(name: str) -> ModelState | None:
-            parts = [tensors.get(f"{name}.{field}") for field in ModelState._fields]
-            return None if None in parts else ModelState(*(tensor.to(device) for tensor in parts if tensor is not None))
+            parts = [f"{name}.{field}" for field in (*RECURRENT_FIELDS, *CACHE_FIELDS) if f"{name}.{field}" in tensors]
+            return ModelState(*(tensors[part].to(device) for part in parts)) if parts else None
 
         def states(names: list[str]) -> list[ModelState]:
             return [found for found in map(state, names) if found is not None]
@@ -148,6 +151,7 @@ class StepPlace:
             largest_difference=tensors["largest_difference"].to(device),
             random=[random(index) for index in range(1, facts["random"] + 1)],
             set_losses=tensors["set_losses"].to(device) if "set_losses" in tensors else None,
+            cache={name.removeprefix("cache."): one for name, one in tensors.items() if name.startswith("cache.")},
         )
         return cls(
             group=facts["group"],
@@ -177,4 +181,4 @@ def set_random_state(states: RandomState, device: torch.device) -> None:
 
 
 def _named(prefix: str, state: ModelState) -> dict[str, Tensor]:
-    return {f"{prefix}.{name}": tensor for name, tensor in zip(ModelState._fields, state, strict=True)}
+    return {f"{prefix}.{name}": tensor for name, tensor in zip(state.fields, state, strict=True)}

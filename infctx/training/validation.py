@@ -61,7 +61,8 @@ def validation_loss(
         ):
             state = fresh_state(sequence.chunks[0].tokens.shape[0])
             for chunk in sequence.chunks:
-                loss, state, of_sets = run_chunk(objective, chunk, state)
+                loss, after, of_sets = run_chunk(objective, chunk, state)
+                state = state.followed_by(after)
                 loss_sum += float(loss)
                 set_losses = add_set_losses(set_losses, of_sets)
             # Of the ranks that share a document, one counts it.

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from infctx.model import cached_attention
 from infctx.model.config import FinchConfig
-from infctx.model.gold import CachedKeys, GoldTimeMix, KeyCache, TokenCat
+from infctx.model.gold import CachedKeys, GoldTimeMix, TokenCat
 from infctx.model.layer_norm import LayerNorm
+from infctx.model.seen_tokens import SeenTokens, mark_starts
 
 ROWS, TOKENS, CHANNELS, HEADS, SIZE, LERP_RANK, CACHE_RANK = 2, 23, 16, 2, 8, 3, 2
 STARTS = ((0, 14), (0, 5, 19))
@@ -55,26 +56,25 @@ def make_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def in_chunks(parts: Parts, tokens: Tensor, x: Tensor, starts: Tensor, lengths: list[int]) -> Tensor:
-    cache = KeyCache(
-        torch.zeros(ROWS, 0, dtype=torch.int32),
-        torch.zeros(ROWS, 0, CACHE_RANK, dtype=torch.float64),
-        torch.zeros(ROWS, dtype=torch.int64),
-    )
+    past_tokens = torch.zeros(ROWS, 0, dtype=torch.int32)
+    past = torch.zeros(ROWS, 0, CACHE_RANK, dtype=torch.float64)
     shift, outputs, begin = torch.zeros(ROWS, CHANNELS, dtype=torch.float64), [], 0
     for length in lengths:
         place = slice(begin, begin + length)
+        own_tokens = mark_starts(tokens[:, place], starts[:, place], is_first=begin == 0)
+        own = parts.token_cat.compress(x[:, place])
         keys = CachedKeys(
-            cache,
-            tokens[:, place],
-            parts.token_cat.compress(x[:, place]),
-            starts[:, place],
-            embedding=parts.embedding.weight,
+            SeenTokens(past_tokens, own_tokens),
+            past,
+            own,
+            embedding=parts.embedding,
             embedding_norm=parts.input_norm,
-            decompress=parts.token_cat.decompress.weight,
+            token_cat=parts.token_cat,
         )
         output, shift = parts.layer(x[:, place], shift, keys, starts[:, place])
         outputs.append(output)
-        cache, begin = keys.behind(), begin + length
+        past_tokens, past = torch.cat([past_tokens, own_tokens], dim=1), torch.cat([past, own], dim=1)
+        begin += length
     return torch.cat(outputs, dim=1)
 
 

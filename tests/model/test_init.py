@@ -91,5 +91,5 @@ def test_sizes_by_default_are_those_of_the_released_models() -> None:
 def test_impossible_sizes_are_refused() -> None:
     with pytest.raises(RecipeError, match="channels 100: expected a multiple of the head size 64"):
         new_config(version="6", n_layer=2, n_embd=100, vocab_size=10)
-    with pytest.raises(RecipeError, match=r"version '7': expected one of 6, 5\.2"):
+    with pytest.raises(RecipeError, match=r"version '7': expected one of 5\.2, 6, 6c2, goldfinch, gptalpha"):
         new_config(version="7", n_layer=2, n_embd=64, vocab_size=10)

@@ -21,7 +21,7 @@ from infctx.model.state import ModelState
 from infctx.training.bptt import ChunkObjective, Window, backward_through_windows
 from infctx.training.chunked import chunked_step
 
-VERSIONS = ["6", "5.2"]
+VERSIONS = ["6", "5.2", "6c2", "goldfinch", "gptalpha"]
 NUM_TOKENS = 83
 Gradients = dict[str, Tensor]
 
@@ -46,7 +46,7 @@ def whole_sequence(
     weight[:, 0] = 0
     if starts is not None:
         weight = weight.masked_fill(starts, 0)
-    initial = ModelState(*(tensor.detach().requires_grad_() for tensor in state))
+    initial = state.leaves()
     state, pieces = initial, []
     window = cut_every or tokens.shape[1]
     for first in range(0, tokens.shape[1], window):
@@ -70,25 +70,37 @@ def chunked(
     model.zero_grad(set_to_none=True)
     step = chunked_step(model, tokens, state=state, **settings)
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    gradients |= {f"state.{i}": tensor for i, tensor in enumerate(step.initial_state_gradient)}
+    gradients |= {
+        f"state.{i}": tensor for i, tensor in enumerate(step.initial_state_gradient) if tensor.is_floating_point()
+    }
     return step.loss, gradients, step.state
 
 
 def relative_errors(found: Gradients, expected: Gradients) -> dict[str, float]:
-    """Norm of the difference over the norm of what is expected; absolute where nothing is expected."""
+    """Norm of the difference over the norm of what is expected; absolute where nothing is expected.
+
+    Nor is it of what moves all keys of a layer alike: no softmax sees that, and the gradient is rounding.
+    """
     errors = {}
     for name, gradient in found.items():
         reference = expected.get(name, torch.zeros_like(gradient)).double()
-        errors[name] = float((gradient.double() - reference).norm() / (reference.norm() if reference.any() else 1.0))
+        is_relative = bool(reference.any()) and not name.endswith("time_mix.key_norm.bias")
+        errors[name] = float((gradient.double() - reference).norm() / (reference.norm() if is_relative else 1.0))
     return errors
 
 
 def random_state(model: Finch, rows: int) -> ModelState:
     generator = torch.Generator().manual_seed(3)
     dtype = model.embedding.weight.dtype
-    return ModelState(
-        *(torch.randn(t.shape, generator=generator, dtype=torch.float64).to(dtype) for t in model.fresh_state(rows))
-    )
+    fresh = model.fresh_state(rows)
+    recurrent = (torch.randn(t.shape, generator=generator, dtype=torch.float64).to(dtype) for t in fresh.recurrent)
+    if not fresh.has_cache:
+        return ModelState(*recurrent)
+    ids = torch.randint(0, 50, (1, rows, 9), generator=generator, dtype=torch.int32)
+    # Two documents in the first row.
+    ids[:, :, 0], ids[:, 0, 4] = ~ids[:, :, 0], ~ids[:, 0, 4]
+    vectors = torch.randn(1, rows, 9, fresh.cached.shape[3], generator=generator, dtype=torch.float64).to(dtype)
+    return ModelState(*recurrent, ids, vectors)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -110,7 +122,7 @@ def test_equals_whole_sequence_autograd_in_fp64(
         torch.testing.assert_close(found[0], expected[0], rtol=1e-12, atol=0)
         errors = relative_errors(found[1], expected[1])
         assert max(errors.values()) < 1e-10, (window, errors)
-        for ours, theirs in zip(found[2], expected[2], strict=True):
+        for ours, theirs in zip(found[2].trimmed(), expected[2].trimmed(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
@@ -138,7 +150,11 @@ def test_a_cut_gradient_would_be_noticed(make_finch: Callable[..., Finch], versi
     _, found, _ = chunked(model, tokens, state, loss_weight=weight, chunk_tokens=7, window=1)
     errors = relative_errors(found, exact)
     cut = {name for name, error in errors.items() if error > 1e-3}
-    assert {"blocks.0.time_mix.key.weight", "blocks.0.time_mix.decay_base", "embedding.weight", "state.0"} <= cut
+    recurrent = {"blocks.0.time_mix.decay_base", "state.0"} if version != "gptalpha" else set()
+    cached = {"state.4"} if model.config.n_attention else set()
+    assert {"blocks.0.time_mix.key.weight", "embedding.weight"} | recurrent | cached <= cut
+    if version == "goldfinch":
+        assert {"token_cat.compress.weight", "token_cat.decompress.weight"} <= cut
     # What lies behind the last recurrence is right even so, and proves nothing.
     assert errors["head.weight"] < 1e-10
 
@@ -156,8 +172,8 @@ def test_backward_through_chunks_is_the_same_from_fresh_documents(
         model, tokens, weight, starts, cut_every=cut_every, state=fresh.detach()
     )
     # The tuned initial state also begins every row: its gradient is the rows' sum, beside that of the starts.
-    wkv = expected.pop("state.0").sum(1)
-    for i, block in enumerate(model.blocks):
+    wkv = expected.pop("state.0").sum(1) if model.config.n_recurrent else []
+    for i, block in enumerate(model.blocks[: model.config.n_recurrent]):
         name = f"blocks.{i}.time_mix.initial_state"
         assert block.time_mix.initial_state is model.get_parameter(name)
         expected[name] = expected[name] + wkv[i]
