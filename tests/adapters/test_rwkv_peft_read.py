@@ -118,7 +118,7 @@ def test_the_second_file_of_a_pissa_must_be_of_the_same_training(
     [
         ("blocks.0.att.key.lora_C", "blocks.*.att.key.lora_"),
         ("blocks.0.att.keys.lora_A", "blocks.*.att.key.lora_A"),
-        ("blocks.12.att.time_maa_q", "blocks.*.att.time_maa_"),
+        ("blocks.12.att.time_maa_y", "blocks.*.att.time_maa_"),
         ("blocks.0.att.time_faaaa.lora_A", "Nearest"),
         ("blocks.00.att.key.lora_A", "Nearest"),
         ("blocks.-1.att.key.lora_A", "Nearest"),

@@ -61,7 +61,7 @@ def test_the_state_inside_forward_is_the_banked_one_bit_for_bit(
         assert {tensor.dtype for tensor in results[1:]} == {torch.float32}
         return results
 
-    model.forward_hidden, model.advance = noting(model.forward_hidden), noting(model.advance)
+    model.forward_chunk, model.advance_chunk = noting(model.forward_chunk), noting(model.advance_chunk)
     generator = torch.Generator().manual_seed(1)
     state = ModelState(*(torch.randn(t.shape, generator=generator) for t in model.fresh_state(2)))
     # Values that bf16 cannot hold, as every real state has.
