@@ -71,11 +71,13 @@ def _check_layers(base: ModelTensors, changes: ModelChanges, *, file: str) -> No
     if not changes.is_in_every_layer:
         return
     for part in sorted({name.split(".", 2)[2] for name in changes.updates}):
-        missing = [i for i in range(last + 1) if f"blocks.{i}.{part}" not in changes.updates]
+        having = [i for i in range(last + 1) if f"blocks.{i}.{part}.weight" in base.tensors]
+        missing = [i for i in having if f"blocks.{i}.{part}" not in changes.updates]
         if missing:
             raise CheckpointError(
                 f"{file}: blocks.{missing[0]}.{part} has no adapter, and other layers have; expected one in each "
-                f"of the base's {last + 1} layers. The file is incomplete, or belongs to a base of fewer layers."
+                f"of the {len(having)} layers of the base that have it. The file is incomplete, or belongs to a base "
+                "of fewer layers."
             )
 
 

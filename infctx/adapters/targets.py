@@ -37,6 +37,11 @@ def target_matrices(model: nn.Module, targets: Sequence[str], *, with_embedding:
             f"adapter.targets: {embeddings[0]!r} cannot be a target with adapter.kind {kind}: peft puts it on matrix "
             "products only. Leave it out, or use adapter.kind: lora, rslora or dora."
         )
+    if "token_cat.decompress" in meant:
+        raise RecipeError(
+            "adapter.targets: 'token_cat.decompress' cannot be a target: attention makes keys of the matrix itself. "
+            "Train it as it is: adapter.train_also: [token_cat.*]."
+        )
     return meant
 
 

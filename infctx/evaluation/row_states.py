@@ -80,7 +80,8 @@ def sharing_prefix(model: Finch, prompts: Sequence[TokenRow], *, chunk_tokens: i
     first, last = min(distinct), max(distinct)
     num_same = next((place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), None)
     num_shared = min(map(len, distinct)) - 1 if num_same is None else min(num_same, min(map(len, distinct)) - 1)
-    if len(distinct) == 1 or num_shared < MIN_SHARED_TOKENS:
+    # What attention has cached of the beginning cannot stand for a tuned state.
+    if len(distinct) == 1 or num_shared < MIN_SHARED_TOKENS or model.config.n_attention:
         yield 0
         return
     prefix = torch.tensor([first[:num_shared]], device=model.embedding.weight.device)

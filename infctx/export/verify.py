@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from infctx.errors import CheckpointError
 from infctx.model import finch_keys
-from infctx.model.finch import Block, Finch
+from infctx.model.block import AttentionBlock, Block
+from infctx.model.finch import Finch
+from infctx.model.gold import CachedKeys, TokenCat
 from infctx.model.layer_norm import LayerNorm
+from infctx.model.seen_tokens import SeenTokens, mark_starts
 from infctx.model.state import ModelState
 from infctx.model.tensors import ModelTensors
 
@@ -46,14 +49,22 @@ def probe_logits(
     tokens = torch.randint(1, num_ids or model.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
     x = parts.embed(tokens)
     zeros = ModelState.zeros(model.config, 1, dtype=dtype, device="cpu")
+    seen = SeenTokens(tokens[:, :0].int(), mark_starts(tokens, None, is_first=True))
+    keys: CachedKeys | SeenTokens | None = None
     for layer, block in enumerate(parts.blocks()):
-        wkv, att_shift, ffn_shift = (tensor[layer] for tensor in zeros)
-        if block.time_mix.initial_state is not None:
-            wkv = block.time_mix.initial_state[None].to(dtype)
-        if block.time_mix.initial_shift is not None:
+        att_shift, ffn_shift = zeros.att_shift[layer], zeros.ffn_shift[layer]
+        if getattr(block.time_mix, "initial_shift", None) is not None:
             att_shift = block.time_mix.initial_shift[None].to(dtype)
+        if block.channel_mix.initial_shift is not None:
             ffn_shift = block.channel_mix.initial_shift[None].to(dtype)
-        x, *_ = block(x, wkv, att_shift, ffn_shift, None)
+        if isinstance(block, Block):
+            wkv = zeros.wkv[layer]
+            if block.time_mix.initial_state is not None:
+                wkv = block.time_mix.initial_state[None].to(dtype)
+            x, *_ = block(x, wkv, att_shift, ffn_shift, None)
+            continue
+        keys = parts.keys(x, seen) if keys is None else keys
+        x, *_ = block(x, keys, x.new_zeros(1, 0, 2 * model.config.dim_att), att_shift, ffn_shift, None)
     logits = parts.head(x)[0]
     if not bool(torch.isfinite(logits).all()):
         origin = "the model" if isinstance(model, Finch) else model.origin
@@ -65,10 +76,12 @@ def probe_logits(
 
 
 class _Parts(NamedTuple):
-    """embed: tokens -> normalised embeddings. blocks: one after the other. head: residual stream -> logits."""
+    """embed: tokens -> normalised embeddings. blocks: one after the other. keys: the residual stream behind the layers
+    with a recurrence and the tokens -> what those that attend are told. head: residual stream -> logits."""
 
     embed: Callable[[Tensor], Tensor]
-    blocks: Callable[[], Iterator[Block]]
+    blocks: Callable[[], Iterator[Block | AttentionBlock]]
+    keys: Callable[[Tensor, SeenTokens], CachedKeys | SeenTokens]
     head: Callable[[Tensor], Tensor]
 
 
@@ -78,9 +91,16 @@ def _parts_of_model(model: Finch, dtype: torch.dtype) -> _Parts:
     def embed(tokens: Tensor) -> Tensor:
         return _copied(model.input_norm, dtype)(model.embedding(tokens).to(dtype))
 
-    def blocks() -> Iterator[Block]:
+    def blocks() -> Iterator[Block | AttentionBlock]:
         for block in model.blocks:
             yield _copied(block, dtype)
+
+    def keys(x: Tensor, seen: SeenTokens) -> CachedKeys | SeenTokens:
+        if model.token_cat is None:
+            return seen
+        # Only the rows of the tokens, each under a number of its own.
+        own, token_cat = model.embedding(seen.ids(0, seen.num_keys)[0]).to(dtype), _copied(model.token_cat, dtype)
+        return _keys_of(x, seen, own, _copied(model.input_norm, dtype), token_cat)
 
     def head(x: Tensor) -> Tensor:
         hidden = _copied(model.output_norm, dtype)(x)
@@ -88,7 +108,22 @@ def _parts_of_model(model: Finch, dtype: torch.dtype) -> _Parts:
             return _times_rows(hidden, model.head.weight, dtype)
         return _copied(model.head, dtype)(hidden)
 
-    return _Parts(embed, blocks, head)
+    return _Parts(embed, blocks, keys, head)
+
+
+def _keys_of(x: Tensor, seen: SeenTokens, embedded: Tensor, norm: LayerNorm, token_cat: TokenCat) -> CachedKeys:
+    """What GOLD's layers make their keys of; embedded: of each token, [T, C]."""
+    numbers = torch.arange(len(embedded))[None]
+    numbered = SeenTokens(numbers[:, :0].int(), mark_starts(numbers, None, is_first=True))
+    compressed = token_cat.compress(x)
+    return CachedKeys(
+        numbered,
+        compressed[:, :0],
+        compressed,
+        embedding=nn.Embedding.from_pretrained(embedded),
+        embedding_norm=norm,
+        token_cat=token_cat,
+    )
 
 
 def _parts_of_tensors(source: ModelTensors, dtype: torch.dtype) -> _Parts:
@@ -101,7 +136,16 @@ def _parts_of_tensors(source: ModelTensors, dtype: torch.dtype) -> _Parts:
     def embed(tokens: Tensor) -> Tensor:
         return norm("blocks.0.ln0")(source.tensors["emb.weight"].read()[tokens].to(dtype))
 
-    def blocks() -> Iterator[Block]:
+    def keys(x: Tensor, seen: SeenTokens) -> CachedKeys | SeenTokens:
+        if "gold" not in source.config.kinds:
+            return seen
+        token_cat = TokenCat(source.config).to(dtype)
+        for matrix, name in ((token_cat.compress, "a"), (token_cat.decompress, "b")):
+            matrix.weight.copy_(source.tensors[f"w_kv_cache_{name}.weight"].read())
+        embedded = source.tensors["emb.weight"].read()[seen.ids(0, seen.num_keys)[0]].to(dtype)
+        return _keys_of(x, seen, embedded, norm("blocks.0.ln0"), token_cat)
+
+    def blocks() -> Iterator[Block | AttentionBlock]:
         starts = finch_keys.start_parameters(source.tensors)
         rows = list(finch_keys.key_rows(source.config, **starts))
         with torch.device("meta"):
@@ -123,7 +167,7 @@ def _parts_of_tensors(source: ModelTensors, dtype: torch.dtype) -> _Parts:
     def head(x: Tensor) -> Tensor:
         return _times_rows(norm("ln_out")(x), source.tensors["head.weight"].read(), dtype)
 
-    return _Parts(embed, blocks, head)
+    return _Parts(embed, blocks, keys, head)
 
 
 def _times_rows(hidden: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:

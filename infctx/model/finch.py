@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -136,7 +137,7 @@ class Finch(nn.Module):
         chunk = _hybrid(state, layers, self._shifts(state), [own[None], self.token_cat.compress(x)[None]])
         return x, state.followed_by(chunk)
 
-    def finish(self, x: Activations, state: ModelState) -> tuple[Activations, ModelState]:
+    def finish(self, x: Activations, state: ModelState) -> tuple[Float[Tensor, "B 1 C"], ModelState]:
         """GOLD's layers behind `skim`, as far as the last token needs them.
 
         Args:
@@ -181,7 +182,7 @@ class Finch(nn.Module):
         if self.token_cat is not None:
             own = self.token_cat.compress(x)
             x, shifts = self._run_gold(x, self._cached_keys(seen, past, own), self._shifts(state), starts)
-            return x, shifts, [own_tokens[None], own[None]]
+            return x, shifts, [own_tokens[None], own[None].to(past.dtype)]
         shifts, caches = [], []
         pasts = past.split(2 * self.config.dim_att, dim=-1)
         blocks = self.blocks[self.config.n_recurrent :]
@@ -189,7 +190,7 @@ class Finch(nn.Module):
             x, *pair, own = self._run(block, x, seen, of_layer, *pair, starts)
             shifts.append(pair)
             caches.append(own)
-        return x, shifts, [own_tokens[None], torch.cat(caches, dim=-1)[None]]
+        return x, shifts, [own_tokens[None], torch.cat(caches, dim=-1)[None].to(past.dtype)]
 
     def _run_gold(
         self, x: Tensor, keys: CachedKeys, before: Sequence[Sequence[Tensor]], starts: Tensor | None
@@ -227,14 +228,12 @@ class Finch(nn.Module):
         zeros = ModelState.zeros(self.config, rows, dtype=self.state_dtype, device=weight.device)
         tuned = (
             [block.time_mix.initial_state for block in self.blocks[: self.config.n_recurrent]],
-            [block.time_mix.initial_shift for block in self.blocks],
+            [getattr(block.time_mix, "initial_shift", None) for block in self.blocks],
             [block.channel_mix.initial_shift for block in self.blocks],
         )
         return ModelState(
             *(
-                torch.stack(layers).to(zero.dtype)[:, None].expand_as(zero)
-                if layers and layers[0] is not None
-                else zero
+                _stacked_starts(layers, zero) if any(layer is not None for layer in layers) else zero
                 for layers, zero in zip(tuned, zeros.recurrent, strict=True)
             ),
             # As many bytes as the model computes with: they are nothing that is added up.
@@ -264,7 +263,8 @@ class Finch(nn.Module):
         if self.has_initial_shifts:
             return
         for block in self.blocks:
-            block.time_mix.initial_shift = nn.Parameter(self._zeros(self.config.n_embd))
+            if hasattr(block.time_mix, "initial_shift"):
+                block.time_mix.initial_shift = nn.Parameter(self._zeros(self.config.n_embd))
             block.channel_mix.initial_shift = nn.Parameter(self._zeros(self.config.n_embd))
 
     @property
@@ -334,6 +334,12 @@ def _hybrid(
     wkv = [wkv for wkv, _, _ in recurrent]
     att_shift, ffn_shift = zip(*(layer[-2:] for layer in [*recurrent, *attention]), strict=True)
     return ModelState(torch.stack(wkv) if wkv else before.wkv, torch.stack(att_shift), torch.stack(ffn_shift), *cache)
+
+
+def _stacked_starts(layers: Sequence[Tensor | None], zero: Tensor) -> Tensor:
+    """What documents begin with, of all layers and rows; zeros where a layer has nothing tuned."""
+    layers = [zero[number, 0] if one is None else one.to(zero.dtype) for number, one in enumerate(layers)]
+    return torch.stack(layers)[:, None].expand_as(zero)
 
 
 def _stacked(layers: list[Sequence[Tensor]]) -> ModelState:

@@ -178,7 +178,8 @@ def key_rows(config: FinchConfig, *, has_initial_state: bool, has_initial_shifts
         time_mix, matrices, channel_mix = _PARTS[config.kind(i)]
         state = [_STATE] if has_initial_state and i < config.n_recurrent else []
         shift = [_SHIFT] if has_initial_shifts else []
-        for official, ours in [*time_mix, *state, *shift, *matrices]:
+        # The first query of GOLD's layers sees one key alone, whatever is before it.
+        for official, ours in [*time_mix, *state, *(shift if config.kind(i) != "gold" else []), *matrices]:
             yield KeyRow(f"blocks.{i}.att.{official}", f"blocks.{i}.time_mix.{ours}")
         for official, ours in [*channel_mix, *shift, *_CHANNEL_MATRICES]:
             yield KeyRow(f"blocks.{i}.ffn.{official}", f"blocks.{i}.channel_mix.{ours}")

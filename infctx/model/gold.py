@@ -100,8 +100,7 @@ class GoldTimeMix(nn.Module):
         self.key_up = nn.Parameter(torch.empty(config.key_value_rank, width))
         self.value_down = nn.Parameter(torch.empty(channels, config.key_value_rank))
         self.value_up = nn.Parameter(torch.empty(config.key_value_rank, width))
-        # What a document's first token takes for the one before it; None = zeros.
-        self.initial_shift: nn.Parameter | None = None
+        # A document's first token has nothing to tune before it: its query sees one key alone.
         self.surrounding_backend: str | None = None
         self.time_group: TimeGroup | None = None
 
@@ -137,13 +136,11 @@ class GoldTimeMix(nn.Module):
         return self.output(self.output_norm(mixed.flatten(-2)))
 
     def _query_input(self, hidden: Tensor, before: Tensor, starts: Tensor | None) -> Tensor:
-        backend, start, dtype = self.surrounding_backend, self.initial_shift, hidden.dtype
-        (first,) = token_shift(hidden, before, self.lerp_input[None], starts=starts, start=start, backend=backend)
+        backend, dtype = self.surrounding_backend, hidden.dtype
+        (first,) = token_shift(hidden, before, self.lerp_input[None], starts=starts, backend=backend)
         low = torch.tanh(linear(first, self.lerp_query_down.t().to(dtype)))
         dynamic = linear(low, self.lerp_query_up.t().to(dtype))[None]
-        (mixed,) = token_shift(
-            hidden, before, self.lerp_query[None], dynamic=dynamic, starts=starts, start=start, backend=backend
-        )
+        (mixed,) = token_shift(hidden, before, self.lerp_query[None], dynamic=dynamic, starts=starts, backend=backend)
         return mixed
 
 

@@ -25,8 +25,8 @@ class TokenForward:
     Attributes:
         embedding, head_input: norms of the embedding, and of what the head is applied to.
         layers: norm of the residual stream behind each layer.
-        recurrence: of one head of the last layer, that with the largest output: norms of what goes in and comes out,
-            and the range of the decay.
+        recurrence: of one head of the last layer that has one, that with the largest output: norms of what goes in and
+            comes out, and the range of the decay; empty in a GPTAlpha.
         state_before, state_after: norms of the state's parts, before and behind the token's chunk.
         log_probabilities: of the next token, [V].
     """
@@ -48,7 +48,8 @@ def look_at_token(objective: Objective, model: Finch, chunk: Chunk, state: Model
         chunk: of one row. state: before it. place: of the token in the chunk.
     """
     norms: dict[str, float] = {}
-    seen: dict[str, Any] = {}
+    seen: dict[str, Any] = {"recurrence": {}}
+    recurrent = model.blocks[: model.config.n_recurrent]
 
     def norm_of(name: str) -> Callable[..., None]:
         def note(module: nn.Module, inputs: object, output: Any) -> None:
@@ -62,11 +63,11 @@ def look_at_token(objective: Objective, model: Finch, chunk: Chunk, state: Model
         seen["log_probabilities"] = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 
     def note_recurrence(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        values = model.blocks[-1].time_mix.recurrence_values(*inputs)
+        values = recurrent[-1].time_mix.recurrence_values(*inputs)
         head = int(values.output[0, place].float().norm(dim=-1).argmax())
         decay = values.log_decay[0, place, head].exp()
         seen["recurrence"] = {
-            "layer": len(model.blocks) - 1,
+            "layer": len(recurrent) - 1,
             "head": head,
             **{name: _norm(getattr(values, name)[0, place, head]) for name in ("receptance", "key", "value", "output")},
             "smallest_decay": float(decay.min()),
@@ -79,7 +80,8 @@ def look_at_token(objective: Objective, model: Finch, chunk: Chunk, state: Model
         for number, block in enumerate(model.blocks):
             hooks.callback(block.register_forward_hook(norm_of(f"layer {number}")).remove)
         hooks.callback(model.output_norm.register_forward_hook(note_head).remove)
-        hooks.callback(model.blocks[-1].time_mix.register_forward_pre_hook(note_recurrence).remove)
+        if recurrent:
+            hooks.callback(recurrent[-1].time_mix.register_forward_pre_hook(note_recurrence).remove)
         # What only needs the state afterwards would leave out the head and half of the last layer.
         after = state.followed_by(run_chunk(objective, chunk, state, reaches_all=True).state)
     return TokenForward(

@@ -211,7 +211,8 @@ class FsdpEngine(FabricEngine):
         for block in objective.model.blocks:
             cast_parameters_(block, self.precision)
             fully_shard(block, mesh=mesh, offload_policy=policy)
-            register_fsdp_forward_method(block, "advance")
+            if hasattr(block, "advance"):
+                register_fsdp_forward_method(block, "advance")
         apply_precision_(objective.model, self.precision)
         return fully_shard(objective, mesh=mesh, offload_policy=policy)
 

@@ -59,6 +59,8 @@ def make_model(case: Case) -> Finch:
         vocab_size=VOCAB_SIZE,
         dtype=DTYPES[case.dtype],
         has_initial_state=True,
+        # Without, what moves all keys alike has a gradient of nothing but rounding.
+        uses_rope=True if case.version == "goldfinch" else None,
     )
     torch.manual_seed(5)
     if case.adapter == "lora":

@@ -47,6 +47,7 @@ def cases_of(strategy: str, ranks: int) -> list[Case]:
             {"window": 2, "mode": "stream", "masked": True},
             {"window": 3, "dtype": "bf16", "adapter": "lora"},
             {"window": 2, "mode": "stream", "masked": True, "time_parallel": 2, "optimizer": "adamw"},
+            {"window": 2, "mode": "stream", "version": "goldfinch"},
         ]
         if not strategy.startswith("deepspeed"):
             settings += [
@@ -55,6 +56,8 @@ def cases_of(strategy: str, ranks: int) -> list[Case]:
                 {"window": "document", "adapter": "lora", "optimizer": "adamw"},
                 {"window": "document", "adapter": "state"},
                 {"window": "document", "version": "5.2"},
+                {"window": "document", "version": "goldfinch", "masked": True},
+                {"window": 3, "version": "goldfinch", "adapter": "lora", "is_recomputed": True},
                 {"window": 3, "is_recomputed": True},
                 {"window": "document", "time_parallel": 2},
             ]

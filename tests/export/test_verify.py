@@ -31,7 +31,7 @@ def test_a_true_export_has_no_difference_and_a_false_one_has(
     assert max_logit_difference(model, open_model(path)) > 1e-3
 
 
-@pytest.mark.parametrize("version", ["6", "5.2"])
+@pytest.mark.parametrize("version", ["6", "5.2", "6c2", "goldfinch"])
 def test_logits_layer_by_layer_are_the_models(make_finch: Callable[..., Finch], version: str) -> None:
     """With tuned starts, and an adapter attached; from modules and from tensors; the model stays as it is."""
     model = make_finch(version, has_initial_state=True, dtype=torch.float64)
