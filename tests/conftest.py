@@ -54,6 +54,9 @@ def random_finch(
     decay_rank: int = 6,
     has_initial_state: bool = False,
     has_initial_shifts: bool = False,
+    uses_rope: bool | None = None,
+    front: str | None = None,
+    ratio: int | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Finch:
@@ -67,6 +70,9 @@ def random_finch(
         dim_ffn=dim_ffn,
         lerp_rank=lerp_rank,
         decay_rank=decay_rank,
+        uses_rope=uses_rope,
+        front=front,
+        ratio=ratio,
     )
     model = Finch(config, has_initial_state=has_initial_state, has_initial_shifts=has_initial_shifts)
     initialise_(model, seed=seed)

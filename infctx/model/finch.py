@@ -136,7 +136,7 @@ class Finch(nn.Module):
         chunk = _hybrid(state, layers, self._shifts(state), [own[None], self.token_cat.compress(x)[None]])
         return x, state.followed_by(chunk)
 
-    def finish(self, x: Activations, state: ModelState) -> tuple[Activations, ModelState]:
+    def finish(self, x: Activations, state: ModelState) -> tuple[Tensor, ModelState]:
         """GOLD's layers behind `skim`, as far as the last token needs them.
 
         Args:
