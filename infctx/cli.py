@@ -23,7 +23,7 @@ from infctx.cli_eval import EPILOG as EVAL_EPILOG
 from infctx.cli_eval import evaluate
 from infctx.cli_export import convert, export
 from infctx.cli_generate import generate
-from infctx.cli_output import AsJson, Left, answer, leave, say
+from infctx.cli_output import AsJson, Left, answer, leave, say, warnings_for_people
 from infctx.cli_plan import plan
 from infctx.cli_report import report
 from infctx.cli_surgery import model_app
@@ -251,7 +251,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         with contextlib.suppress(AttributeError, OSError):
             stream.reconfigure(errors="replace")
     try:
-        app(args=arguments)
+        with warnings_for_people():
+            app(args=arguments)
     except InfctxError as error:
         leave(EXIT_USER, "" if error.is_told else f"Error: {error}")
     except SystemExit as done:

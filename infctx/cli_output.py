@@ -6,9 +6,13 @@ import contextlib
 import json
 import math
 import sys
-from typing import Annotated, Any, NoReturn
+import warnings
+from collections.abc import Iterator
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
+
+from infctx.errors import InfctxWarning
 
 LARGEST_SEED = 2**63 - 1
 
@@ -19,6 +23,32 @@ def say(text: str) -> None:
     """Tell a person."""
     with contextlib.suppress(OSError, ValueError):  # Nobody may be reading any more.
         print(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def warnings_for_people() -> Iterator[None]:
+    """Let our own warnings be one line each, once, without a place in the code; others are as Python shows them."""
+    told: set[str] = set()
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def tell(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if not issubclass(category, InfctxWarning):
+                show(message, category, filename, lineno, file, line)
+            elif str(message) not in told:
+                told.add(str(message))
+                say(f"Warning: {message}")
+
+        warnings.showwarning = tell
+        warnings.simplefilter("always", InfctxWarning)
+        yield
 
 
 def answer(result: dict[str, Any], as_json: bool) -> None:

@@ -31,6 +31,10 @@ class CheckpointError(InfctxError):
     """A model file, run folder or export that cannot be read or written."""
 
 
+class InfctxWarning(UserWarning):
+    """Something a person should know of, though it ends nothing. The command line prints it as one line, once."""
+
+
 class MachineError(Exception):
     """The machine could not do what was asked: a full disk, no memory. The command line exits with 4.
 

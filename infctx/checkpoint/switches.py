@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from infctx.checkpoint.atomic import write_file_atomically
-from infctx.errors import CheckpointError
+from infctx.errors import CheckpointError, InfctxWarning
 from infctx.model.config import FinchConfig
 
 SUFFIX = ".switches.json"
@@ -31,8 +31,8 @@ _NAMES = {
 }
 
 
-class DefaultedSwitchesWarning(UserWarning):
-    """A model was read without being told its switches."""
+class DefaultedSwitchesWarning(InfctxWarning):
+    """A model was read without being told its switches, or some of them."""
 
 
 def switches_of(config: FinchConfig) -> dict[str, bool | int]:
@@ -54,19 +54,23 @@ def switches_as_metadata(config: FinchConfig) -> dict[str, str]:
 
 
 def write_switches_beside(path: Path, config: FinchConfig) -> None:
-    """Write the file beside a model's, where its format has no place for them.
+    """Write the file beside a model's, where its format has no place for them; none is left of a model without any.
 
     Raises: OSError: the disk is full or fails.
     """
     if found := switches_of(config):
         text = json.dumps(found) + "\n"
         write_file_atomically(_beside(path), lambda unfinished: _write(unfinished, text))
+    else:
+        remove_switches(path)
 
 
 def move_switches(old: Path, new: Path) -> None:
-    """Let the file beside a model follow it to another name."""
+    """Let the file beside a model follow it to another name; none is left of the model that was there."""
     if _beside(old).is_file():
         os.replace(_beside(old), _beside(new))
+    else:
+        remove_switches(new)
 
 
 def remove_switches(path: Path) -> None:
@@ -75,16 +79,20 @@ def remove_switches(path: Path) -> None:
 
 
 class Switches(NamedTuple):
-    """What was found. file: where. values: by the published names; None = nothing tells them."""
+    """What was found. model: the file they are of. file: where. values: by the published names; {} = none are told."""
 
+    model: Path
     file: str
-    values: dict[str, Any] | None
+    values: dict[str, Any]
 
     @property
     def head_size(self) -> int | None:
-        """Of a GPTAlpha, where it is told."""
-        size = None if self.values is None else self.values.get("head_size")
-        return size if type(size) is int and size > 0 else None
+        """Of a GPTAlpha, where it is told.
+
+        Raises: CheckpointError: it is no number above 0.
+        """
+        told = {name: value for name, value in self.values.items() if name == "head_size"}
+        return _checked(told, {"head_size": 1}, file=self.file).get("head_size")
 
 
 def find_switches(path: Path, metadata: Mapping[str, str]) -> Switches:
@@ -94,31 +102,28 @@ def find_switches(path: Path, metadata: Mapping[str, str]) -> Switches:
     """
     beside = _beside(path)
     if beside.is_file():
-        return Switches(str(beside), _parsed(beside.read_text(encoding="utf-8", errors="replace"), file=str(beside)))
+        text = beside.read_text(encoding="utf-8", errors="replace")
+        return Switches(path, str(beside), _parsed(text, file=str(beside)))
     if SWITCHES_KEY in metadata:
-        return Switches(str(path), _parsed(metadata[SWITCHES_KEY], file=str(path)))
-    return Switches(str(path), None)
+        return Switches(path, str(path), _parsed(metadata[SWITCHES_KEY], file=str(path)))
+    return Switches(path, str(path), {})
 
 
 def with_switches(config: FinchConfig, switches: Switches) -> FinchConfig:
-    """The config of a model with its switches; a warning where nothing tells them and it has some.
+    """The config of a model with its switches; a warning that names those which nothing tells.
 
     Raises: CheckpointError: they are others than a model of this kind has.
     """
     expected = switches_of(config)
-    if not expected:
-        return config
-    if switches.values is None:
-        path = Path(switches.file)
-        beside = _beside(path)
+    found = _checked(switches.values, expected, file=switches.file)
+    if untold := {name: value for name, value in expected.items() if name not in found}:
         warnings.warn(
-            f"{path}: the file does not say how the model was trained: taken as published, "
-            f"{json.dumps(expected)}. If it is another, its answers are wrong: write {beside} with what it is.",
+            f"{switches.file}: the file does not say how the model was trained: taken as published, "
+            f"{json.dumps(untold)}. If it is another, its answers are wrong: write {_beside(switches.model)} with what "
+            "it is.",
             DefaultedSwitchesWarning,
             stacklevel=2,
         )
-        return config
-    found = _checked(switches.values, expected, file=switches.file)
     # `read_config` has cut the heads by it.
     return replace(config, **{_NAMES[name]: value for name, value in found.items() if name != "head_size"})
 
@@ -136,7 +141,8 @@ def _parsed(text: str, *, file: str) -> dict[str, Any]:
 def _checked(found: dict[str, Any], expected: Mapping[str, bool | int], *, file: str) -> dict[str, Any]:
     for name, value in found.items():
         if name not in expected:
-            raise CheckpointError(f"{file}: {name!r}: this model has the switches {', '.join(expected)}.")
+            theirs = f"the switches {', '.join(expected)}" if expected else "no switches"
+            raise CheckpointError(f"{file}: {name!r}: this model has {theirs}. Take it out of the file.")
         wanted = type(expected[name])
         if type(value) is not wanted or (wanted is int and value < 1):
             kind = "true or false" if wanted is bool else "a number above 0"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from infctx.checkpoint.model_file import TOKENIZER_KEY
 from infctx.checkpoint.shards import write_shards
-from infctx.checkpoint.switches import switches_as_metadata, write_switches_beside
+from infctx.checkpoint.switches import remove_switches, switches_as_metadata, write_switches_beside
 from infctx.checkpoint.weights import write_pth, write_safetensors
 from infctx.errors import CheckpointError
 from infctx.export.options import ExportOptions, in_dtype
@@ -53,5 +53,7 @@ def write_official_safetensors(source: ModelTensors, path: Path, options: Export
     if path.is_dir():
         write_shards(path, source.tensors, metadata, shard_bytes=options.shard_bytes)
     else:
+        # Of the model that was there: it would be believed before the metadata.
+        remove_switches(path)
         write_safetensors(path, source.tensors, metadata)
     return []

@@ -297,7 +297,8 @@ def read_config(tensors: Mapping[str, StoredTensor], *, file: str, head_size: in
         if width % size:
             raise CheckpointError(
                 f"{file}: tensor blocks.0.att.query.weight: expected rows in heads of {size}"
-                f"{'' if head_size else ', as every published model has them'}, found {width} rows."
+                f"{'' if head_size else ', as every published model has them'}, found {width} rows. A file of switches "
+                'beside the model tells another size, as {"head_size": 32}.'
             )
         heads = (width // size, size)
     else:
@@ -318,6 +319,8 @@ def read_config(tensors: Mapping[str, StoredTensor], *, file: str, head_size: in
         dim_ffn=_get(tensors, "blocks.0.ffn.key.weight", 2, file=file).shape[0],
         n_attention=n_attention,
         **({"front": front} if n_attention and front != "gptalpha" else {}),
+        # Of the published models only one of GPTAlpha alone turns queries and keys by their positions.
+        uses_rope=front == "gptalpha",
         **sizes,
     )
 
