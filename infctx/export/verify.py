@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from infctx.errors import CheckpointError
 from infctx.model import finch_keys
-from infctx.model.finch import Block, Finch
+from infctx.model.block import Block
+from infctx.model.finch import Finch
+from infctx.model.gold import CachedKeys, GoldTimeMix, TokenCat
 from infctx.model.layer_norm import LayerNorm
+from infctx.model.seen_tokens import SeenTokens, mark_starts
 from infctx.model.state import ModelState
 from infctx.model.tensors import ModelTensors
 
@@ -36,7 +39,8 @@ def probe_logits(
 ) -> Tensor:
     """Logits of the probe sequence, [T, V], computed in `dtype` on the CPU whatever the weights are stored in.
 
-    A model of 14B parameters takes the memory of one layer and of its embedding: each layer is read, used and dropped.
+    A model of 14B parameters takes the memory of one layer and of its embedding, in a GoldFinch also of what all GOLD
+    layers share: each layer is read, used and dropped.
     Args: num_ids: the probe is of ids below this, for models that share no others; None = of all.
     Raises:
         CheckpointError: they are not finite.
@@ -44,16 +48,7 @@ def probe_logits(
     parts = _parts_of_model(model, dtype) if isinstance(model, Finch) else _parts_of_tensors(model, dtype)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, num_ids or model.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
-    x = parts.embed(tokens)
-    zeros = ModelState.zeros(model.config, 1, dtype=dtype, device="cpu")
-    for layer, block in enumerate(parts.blocks()):
-        wkv, att_shift, ffn_shift = (tensor[layer] for tensor in zeros)
-        if block.time_mix.initial_state is not None:
-            wkv = block.time_mix.initial_state[None].to(dtype)
-        if block.time_mix.initial_shift is not None:
-            att_shift = block.time_mix.initial_shift[None].to(dtype)
-            ffn_shift = block.channel_mix.initial_shift[None].to(dtype)
-        x, *_ = block(x, wkv, att_shift, ffn_shift, None)
+    x = _through_blocks(parts, parts.embed(tokens), tokens, model, dtype)
     logits = parts.head(x)[0]
     if not bool(torch.isfinite(logits).all()):
         origin = "the model" if isinstance(model, Finch) else model.origin
@@ -65,11 +60,43 @@ def probe_logits(
 
 
 class _Parts(NamedTuple):
-    """embed: tokens -> normalised embeddings. blocks: one after the other. head: residual stream -> logits."""
+    """embed: tokens -> normalised embeddings. blocks: one after the other. head: residual stream -> logits.
+
+    shared: what GOLD's layers share, the embedding, the norm behind it, and the matrices around the cache."""
 
     embed: Callable[[Tensor], Tensor]
-    blocks: Callable[[], Iterator[Block]]
+    blocks: Callable[[], Iterator[nn.Module]]
     head: Callable[[Tensor], Tensor]
+    shared: Callable[[], tuple[nn.Embedding, LayerNorm, TokenCat]]
+
+
+def _through_blocks(
+    parts: _Parts, x: Tensor, tokens: Tensor, model: Finch | ModelTensors, dtype: torch.dtype
+) -> Tensor:
+    """The residual stream behind the last layer, of one document from its beginning."""
+    zeros = ModelState.zeros(model.config, 1, dtype=dtype, device="cpu")
+    marked = mark_starts(tokens, None, is_first=True)
+    seen, keys = SeenTokens(marked[:, :0], marked), None
+    for layer, block in enumerate(parts.blocks()):
+        att_shift, ffn_shift = zeros.att_shift[layer], zeros.ffn_shift[layer]
+        if block.time_mix.initial_shift is not None:
+            att_shift = block.time_mix.initial_shift[None].to(dtype)
+            ffn_shift = block.channel_mix.initial_shift[None].to(dtype)
+        if isinstance(block, Block):
+            wkv = zeros.wkv[layer]
+            if block.time_mix.initial_state is not None:
+                wkv = block.time_mix.initial_state[None].to(dtype)
+            x, *_ = block(x, wkv, att_shift, ffn_shift, None)
+        elif isinstance(block.time_mix, GoldTimeMix):
+            if keys is None:
+                embedding, norm, token_cat = parts.shared()
+                own = token_cat.compress(x)
+                keys = CachedKeys(seen, own[:, :0], own, embedding=embedding, embedding_norm=norm, token_cat=token_cat)
+            x, *_ = block(x, keys, None, att_shift, ffn_shift, None)
+        else:
+            past = x.new_zeros(1, 0, 2 * model.config.dim_att)
+            x, *_ = block(x, seen, past, att_shift, ffn_shift, None)
+    return x
 
 
 def _parts_of_model(model: Finch, dtype: torch.dtype) -> _Parts:
@@ -78,9 +105,12 @@ def _parts_of_model(model: Finch, dtype: torch.dtype) -> _Parts:
     def embed(tokens: Tensor) -> Tensor:
         return _copied(model.input_norm, dtype)(model.embedding(tokens).to(dtype))
 
-    def blocks() -> Iterator[Block]:
+    def blocks() -> Iterator[nn.Module]:
         for block in model.blocks:
             yield _copied(block, dtype)
+
+    def shared() -> tuple[nn.Embedding, LayerNorm, TokenCat]:
+        return model.embedding, _copied(model.input_norm, dtype), _copied(model.token_cat, dtype)
 
     def head(x: Tensor) -> Tensor:
         hidden = _copied(model.output_norm, dtype)(x)
@@ -88,7 +118,7 @@ def _parts_of_model(model: Finch, dtype: torch.dtype) -> _Parts:
             return _times_rows(hidden, model.head.weight, dtype)
         return _copied(model.head, dtype)(hidden)
 
-    return _Parts(embed, blocks, head)
+    return _Parts(embed, blocks, head, shared)
 
 
 def _parts_of_tensors(source: ModelTensors, dtype: torch.dtype) -> _Parts:
@@ -101,7 +131,7 @@ def _parts_of_tensors(source: ModelTensors, dtype: torch.dtype) -> _Parts:
     def embed(tokens: Tensor) -> Tensor:
         return norm("blocks.0.ln0")(source.tensors["emb.weight"].read()[tokens].to(dtype))
 
-    def blocks() -> Iterator[Block]:
+    def blocks() -> Iterator[nn.Module]:
         starts = finch_keys.start_parameters(source.tensors)
         rows = list(finch_keys.key_rows(source.config, **starts))
         with torch.device("meta"):
@@ -123,7 +153,15 @@ def _parts_of_tensors(source: ModelTensors, dtype: torch.dtype) -> _Parts:
     def head(x: Tensor) -> Tensor:
         return _times_rows(norm("ln_out")(x), source.tensors["head.weight"].read(), dtype)
 
-    return _Parts(embed, blocks, head)
+    def shared() -> tuple[nn.Embedding, LayerNorm, TokenCat]:
+        with torch.device("meta"):
+            token_cat, embedding = TokenCat(source.config), nn.Embedding(1, 1)
+        for matrix, row in zip((token_cat.compress, token_cat.decompress), finch_keys.TOKEN_CAT_ROWS, strict=True):
+            matrix.weight = nn.Parameter(source.tensors[row.official].read().to(dtype))
+        embedding.weight = nn.Parameter(source.tensors["emb.weight"].read(), requires_grad=False)
+        return embedding, norm("blocks.0.ln0"), token_cat
+
+    return _Parts(embed, blocks, head, shared)
 
 
 def _times_rows(hidden: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:

@@ -31,7 +31,7 @@ def test_a_true_export_has_no_difference_and_a_false_one_has(
     assert max_logit_difference(model, open_model(path)) > 1e-3
 
 
-@pytest.mark.parametrize("version", ["6", "5.2"])
+@pytest.mark.parametrize("version", ["6", "5.2", "6c2", "goldfinch"])
 def test_logits_layer_by_layer_are_the_models(make_finch: Callable[..., Finch], version: str) -> None:
     """With tuned starts, and an adapter attached; from modules and from tensors; the model stays as it is."""
     model = make_finch(version, has_initial_state=True, dtype=torch.float64)
@@ -54,3 +54,11 @@ def test_logits_layer_by_layer_are_the_models(make_finch: Callable[..., Finch], 
     found = probe_logits(model, dtype=torch.float64)
     torch.testing.assert_close(found, model(tokens)[0][0].detach(), rtol=0, atol=1e-9)
     assert float((found - expected).detach().abs().max()) > 0.1
+
+
+def test_logits_of_a_gptalpha(make_finch: Callable[..., Finch]) -> None:
+    model = make_finch("gptalpha", has_initial_shifts=True, dtype=torch.float64)
+    tokens = torch.randint(1, 50, (1, 64), generator=torch.Generator().manual_seed(0))
+    expected = model(tokens)[0][0].detach()
+    for found in (probe_logits(model, dtype=torch.float64), probe_logits(tensors_of(model), dtype=torch.float64)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
