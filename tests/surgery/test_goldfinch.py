@@ -186,7 +186,7 @@ def test_refused(make_finch: Callable[..., Finch]) -> None:
     for version in ("goldfinch", "gptalpha"):
         with pytest.raises(CheckpointError, match=r"mine\.pth: expected a Finch or a Finch-C2.*attention already"):
             upgrade_to_goldfinch(named(make_finch(version)))
-    with pytest.raises(CheckpointError, match="found version 5.2, Eagle. Make it a Finch first"):
+    with pytest.raises(CheckpointError, match=r"found version 5\.2, Eagle\. Make it a Finch first"):
         upgrade_to_goldfinch(named(make_finch("5.2")))
     with pytest.raises(CheckpointError, match="ratio 1: expected 2"):
         upgrade_to_goldfinch(finch, ratio=1)
