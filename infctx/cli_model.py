@@ -22,11 +22,25 @@ def model_new(
     layers: Annotated[int, typer.Option(min=2, help="Layers, at least 2.")],
     channels: Annotated[int, typer.Option(min=1, help="Channels; a multiple of the head size.")],
     vocab: Annotated[int, typer.Option(min=2, help="Vocabulary: 65536 for World, 257 for bytes.")] = 65536,
-    version: Annotated[str, typer.Option(help="6 (Finch) or 5.2 (Eagle).")] = "6",
+    version: Annotated[
+        str,
+        typer.Option(
+            help="6 (Finch), 5.2 (Eagle), 6c2 (Finch-C2), goldfinch (the last third of the layers attend), or gptalpha "
+            "(all attend)."
+        ),
+    ] = "6",
     head_size: Annotated[int, typer.Option(min=1, help="Channels of one head.")] = 64,
     ffn: Annotated[int | None, typer.Option(min=1, help="Feed-forward width; 3.5 × channels by default.")] = None,
     lerp_rank: Annotated[int | None, typer.Option(min=1, help="Rank of Finch's mixes; 32, or 64 at 4096.")] = None,
     decay_rank: Annotated[int | None, typer.Option(min=1, help="Rank of Finch's decay; 64, or 128 at 4096.")] = None,
+    ratio: Annotated[
+        int | None, typer.Option(min=2, help="Of a goldfinch: layers to layers that attend; 3 by default.")
+    ] = None,
+    front: Annotated[str | None, typer.Option(help="Of a goldfinch: what the other layers are, 6c2 or 6.")] = None,
+    rope: Annotated[
+        bool | None,
+        typer.Option("--rope/--no-rope", help="Rotary positions in attention; by default in a gptalpha alone."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the initial weights.")] = 0,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     force: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
@@ -53,6 +67,9 @@ def model_new(
         dim_ffn=ffn,
         lerp_rank=lerp_rank,
         decay_rank=decay_rank,
+        ratio=ratio,
+        front=front,
+        uses_rope=rope,
     )
     model = Finch(config)
     initialise_(model, seed=seed)

@@ -29,22 +29,40 @@ Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the random 
 def model_upgrade(
     model: ModelPath,
     output: Output,
-    lerp_rank: Annotated[int | None, typer.Option(min=1, help="Rank of the mixes; 32, or 64 at 4096.")] = None,
-    decay_rank: Annotated[int | None, typer.Option(min=1, help="Rank of the decay; 64, or 128 at 4096.")] = None,
+    to: Annotated[str, typer.Option(help="finch, finch-c2 or goldfinch.")] = "finch",
+    lerp_rank: Annotated[int | None, typer.Option(min=1, help="Of an Eagle's mixes; 32, or 64 at 4096.")] = None,
+    decay_rank: Annotated[int | None, typer.Option(min=1, help="Of an Eagle's decay; 64, or 128 at 4096.")] = None,
+    ratio: Annotated[
+        int | None, typer.Option(min=2, help="For goldfinch: layers to layers that attend; 6 by default.")
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="For goldfinch: keep (the last layers become GOLD) or add (GOLD behind all, the same function)."
+        ),
+    ] = None,
     seed: Seed = 0,
     dtype: KeptDtype = "keep",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Turn an Eagle into the Finch that computes the same, ready to be trained on.
+    """Turn an Eagle into the Finch that computes the same; or a Finch into a Finch-C2 or a GoldFinch, to be trained on.
 
-    Its mixes are kept in float32: rounding them again would change what the model computes.
+    An Eagle's mixes are kept in float32: rounding them again would change what the model computes.
     """
-    from infctx.surgery.upgrade import upgrade_to_finch
+    from infctx.surgery.fresh import origins_of
+    from infctx.surgery.upgrade_path import upgrade
 
     source = _opened([model], output, dtype=dtype, force=force)[0]
-    result = upgrade_to_finch(source, lerp_rank=lerp_rank, decay_rank=decay_rank, seed=seed)
-    answer(_write(result, output, dtype=dtype, force=force, source=source), as_json)
+    result = upgrade(source, to=to, lerp_rank=lerp_rank, decay_rank=decay_rank, ratio=ratio, layers=layers, seed=seed)
+    same_as = source if to == "finch" or layers == "add" else None
+    facts = _write(result, output, dtype=dtype, force=force, source=same_as)
+    kept, changed, fresh = origins_of(result, source)
+    say(f"Kept as they are: {kept:,} parameters; computed from the source's: {changed:,}; new: {fresh:,}.")
+    if same_as is None:
+        facts |= _difference(source, output)
+    origins = {"kept_parameters": kept, "changed_parameters": changed, "fresh_parameters": fresh}
+    answer({**facts, **origins}, as_json)
 
 
 @model_app.command("grow", epilog="Example: infctx model grow finch-3b.pth --layers 48 --output deeper.pth")
@@ -235,6 +253,24 @@ def _write(
         f"(the logits' standard deviation is {written.logit_std:.2g})."
     )
     return {**facts, "max_logit_difference": written.max_logit_difference}
+
+
+def _difference(source: ModelTensors, output: Path) -> dict[str, Any]:
+    """How far the logits of a model that does not compute the same are from its source's."""
+    import torch
+
+    from infctx.checkpoint.model_file import open_model
+    from infctx.export.verify import probe_logits
+
+    before, after = probe_logits(source), probe_logits(open_model(output, is_streamed=True))
+    difference = float((after - before).abs().max())
+    cosine = float(torch.nn.functional.cosine_similarity(before, after, dim=-1).mean())
+    say(
+        f"It does not compute what the source computes; train it on. Against the source, on random ids: largest logit "
+        f"difference {difference:.2g} (the logits' standard deviation is {float(before.std()):.2g}), mean cosine "
+        f"{cosine:.3f}."
+    )
+    return {"max_logit_difference": difference, "logit_cosine": cosine}
 
 
 def _difference_of_old_ids(source: ModelTensors, output: Path, num_ids: int) -> dict[str, Any]:

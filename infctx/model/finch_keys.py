@@ -147,12 +147,13 @@ _BLOCK_ROWS = [
     *(KeyRow(f"att.{official}", f"time_mix.{ours}") for official, ours in [*_every(0), *_STARTS, *_every(1)]),
     *(KeyRow(f"ffn.{official}", f"channel_mix.{ours}") for official, ours in [*_every(2), _SHIFT, *_CHANNEL_MATRICES]),
 ]
-_TOKEN_CAT_ROWS = [
+# Around a GoldFinch's cache.
+TOKEN_CAT_ROWS = [
     KeyRow("w_kv_cache_a.weight", "token_cat.compress.weight"),
     KeyRow("w_kv_cache_b.weight", "token_cat.decompress.weight"),
 ]
 _OTHER_ROWS = [
-    *_TOKEN_CAT_ROWS,
+    *TOKEN_CAT_ROWS,
     KeyRow("emb.weight", "embedding.weight"),
     *(KeyRow(f"blocks.0.ln0.{last}", f"input_norm.{last}") for last in ("weight", "bias")),
     *(KeyRow(f"ln_out.{last}", f"output_norm.{last}") for last in ("weight", "bias")),
@@ -186,7 +187,7 @@ def key_rows(config: FinchConfig, *, has_initial_state: bool, has_initial_shifts
     yield from _norm("ln_out", "output_norm")
     yield KeyRow("head.weight", "head.weight")
     if "gold" in config.kinds:
-        yield from _TOKEN_CAT_ROWS
+        yield from TOKEN_CAT_ROWS
 
 
 def find_row(name: str, *, is_official: bool) -> KeyRow | None:
@@ -378,7 +379,7 @@ def _attention_layers(tensors: Mapping[str, object], n_layer: int, *, file: str)
                 f"{file}: expected attention in all layers from {first} on, as blocks.{first}.att has it ({back}); "
                 f"blocks.{layer}.att is {kinds[layer] or 'a recurrence'}. The file is damaged, or another architecture."
             )
-    cache = [row.official for row in _TOKEN_CAT_ROWS if row.official in tensors]
+    cache = [row.official for row in TOKEN_CAT_ROWS if row.official in tensors]
     if cache and back != "gold":
         raise CheckpointError(
             f"{file}: has {cache[0]}, of a GoldFinch, and no GOLD layer (blocks.*.att.time_maa_q): the layers at the "

@@ -133,8 +133,8 @@ def initialise_(model: Finch, *, seed: int) -> None:
 @torch.no_grad()
 def initialise_block_(block: nn.Module, config: FinchConfig, layer: int, generator: torch.Generator) -> None:
     """Fill one block, but for its norms, which are 1 and 0 already."""
-    _initialise_time_mix_(block.time_mix, config, layer, generator)
-    _initialise_channel_mix_(block.channel_mix, config, layer, generator)
+    initialise_time_mix_(block.time_mix, config, layer, generator)
+    initialise_channel_mix_(block.channel_mix, config, layer, generator)
 
 
 @torch.no_grad()
@@ -144,7 +144,9 @@ def initialise_token_cat_(token_cat: TokenCat, generator: torch.Generator) -> No
         nn.init.orthogonal_(matrix.weight, gain=1.0, generator=generator)
 
 
-def _initialise_time_mix_(time_mix: nn.Module, config: FinchConfig, layer: int, generator: torch.Generator) -> None:
+@torch.no_grad()
+def initialise_time_mix_(time_mix: nn.Module, config: FinchConfig, layer: int, generator: torch.Generator) -> None:
+    """Fill the time mix of a block, but for the norms that are 1 and 0 already."""
     norm = time_mix.group_norm if isinstance(time_mix, GatedTimeMix) else time_mix.output_norm
     norm.weight.fill_(((1 + layer) / config.n_layer) ** 0.7)
     for name, curve in _time_mix_curves(config, layer).items():
@@ -163,9 +165,11 @@ def _initialise_time_mix_(time_mix: nn.Module, config: FinchConfig, layer: int, 
     time_mix.output.weight.zero_()
 
 
-def _initialise_channel_mix_(
+@torch.no_grad()
+def initialise_channel_mix_(
     channel_mix: ChannelMix, config: FinchConfig, layer: int, generator: torch.Generator
 ) -> None:
+    """Fill the channel mix of a block."""
     down = 1 - layer / config.n_layer
     x = torch.arange(config.n_embd) / config.n_embd
     # Steeper in Finch alone; the others have the curve that was published before.

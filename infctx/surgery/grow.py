@@ -42,8 +42,15 @@ def grow_depth(
         layers: the source layer of every layer of the result, instead of the choice above; a layer that comes again is
             a copy. With "interleave" the first ones of each must be all layers in order.
     Raises:
-        CheckpointError: an unknown way, a number of layers that is not greater, or a list that cannot be used.
+        CheckpointError: an unknown way, a number of layers that is not greater, or a list that cannot be used; a model
+            with attention, whose layers of both kinds are in a ratio that copies would change.
     """
+    if source.config.n_attention:
+        raise CheckpointError(
+            f"{source.origin}: expected a model without attention, found a {source.config.name}, of which "
+            f"{source.config.n_attention} of {source.config.n_layer} layers attend: layers are not added to it. Grow "
+            "the Finch it is made of, then upgrade that: infctx model upgrade --to goldfinch."
+        )
     chosen = _source_layers(source, num_layers=num_layers, how=how, layers=layers)
     if (how == "scaled") != (scale is not None) or not 0 < (1.0 if scale is None else scale) <= 1:
         raise CheckpointError(f"scale {scale}: expected a number above 0 and at most 1 for scaled copies, else none.")
@@ -77,14 +84,19 @@ def grow_ranks(
     small and random, so that the columns have a gradient at the first step.
 
     Args:
-        source: a Finch.
+        source: a Finch or Finch-C2.
         lerp_rank, decay_rank: at least those of the source; None = as they are.
         seed: of the random rows.
     Raises:
-        CheckpointError: the source is not a Finch, or a rank would shrink.
+        CheckpointError: the source is neither, or a rank would shrink.
     """
     config = source.config
-    if config.version != "6":
+    if config.n_attention:
+        raise CheckpointError(
+            f"{source.origin}: expected a Finch or a Finch-C2, found a {config.name}, whose ranks stay as they are. "
+            "Grow the Finch it is made of, then upgrade that: infctx model upgrade --to goldfinch."
+        )
+    if config.version not in ("6", "6c2"):
         raise CheckpointError(
             f"{source.origin}: expected a Finch, found version {config.version}, which has no low-rank parts. "
             "Upgrade it first."

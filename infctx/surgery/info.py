@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 
 from infctx.errors import CheckpointError
-from infctx.model.config import FinchConfig
-from infctx.model.finch_keys import has_initial_state
+from infctx.model.config import BlockKind, FinchConfig
+from infctx.model.finch_keys import TOKEN_CAT_ROWS, has_initial_state
 from infctx.model.init import new_config
 from infctx.model.tensors import ModelTensors, StoredTensor
 
@@ -29,6 +29,13 @@ RELEASED = (
     ("Eagle 7B", "5.2", 32, 4096, 7_518_044_160),
 )
 _WORLD_ROWS = 65536
+_KIND_NAMES: dict[BlockKind, str] = {
+    "5.2": "Eagle",
+    "6": "Finch",
+    "6c2": "Finch-C2",
+    "gold": "GOLD (attention)",
+    "gptalpha": "GPTAlpha (attention)",
+}
 
 
 class BadTensor(NamedTuple):
@@ -43,7 +50,9 @@ def model_facts(source: ModelTensors) -> dict[str, object]:
     """Sizes and counts of a model; no tensor is read.
 
     Returns: the fields of FinchConfig, and "parameters", "parts" (parameters by part), "bytes" (by dtype), "dtypes",
-    "released" (the released model of these sizes, or None), "tokenizer", "initial_state" (whether one was tuned).
+    "released" (the released model of these sizes, or None), "tokenizer", "initial_state" (whether one was tuned),
+    "layers" (their kinds in words); of a model with attention "cache_bytes_per_token", and what a transformer of the
+    same sizes would cache, "transformer_cache_bytes_per_token", both in the dtype of the embedding.
     """
     num_bytes: Counter[str] = Counter()
     parts: Counter[str] = Counter()
@@ -59,6 +68,30 @@ def model_facts(source: ModelTensors) -> dict[str, object]:
         "bytes": dict(sorted(num_bytes.items())),
         "tokenizer": source.tokenizer,
         "initial_state": has_initial_state(source.tensors),
+        "layers": layers_in_words(source.config),
+        **_cache_facts(source.config, source.tensors["emb.weight"].dtype),
+    }
+
+
+def layers_in_words(config: FinchConfig) -> str:
+    """As "1 to 5: Finch; 6: GOLD"."""
+    kinds = [config.kind(layer) for layer in range(config.n_layer)]
+    spans = []
+    for kind in config.kinds:
+        first = kinds.index(kind) + 1
+        last = first + kinds.count(kind) - 1
+        spans.append(f"{first} to {last}: {_KIND_NAMES[kind]}" if last > first else f"{first}: {_KIND_NAMES[kind]}")
+    return "; ".join(spans)
+
+
+def _cache_facts(config: FinchConfig, dtype: torch.dtype) -> dict[str, object]:
+    """What is kept of every token, and what keys and values in every layer would take."""
+    if not config.n_attention:
+        return {}
+    return {
+        # The id of a token takes 4 bytes.
+        "cache_bytes_per_token": 4 + config.cache_width * dtype.itemsize,
+        "transformer_cache_bytes_per_token": 2 * config.n_layer * config.dim_att * dtype.itemsize,
     }
 
 
@@ -118,6 +151,8 @@ def _part_of(name: str) -> str:
         return "head"
     if name.endswith(".att.time_state"):
         return "tuned state"
+    if any(name == row.official for row in TOKEN_CAT_ROWS):
+        return "cache"
     if ".att." in name:
         return "time mix"
     return "channel mix" if ".ffn." in name else "norms"

@@ -20,6 +20,8 @@ METHODS = ("linear", "slerp", "task")
 # Nearer to one line than this, the arc between two tensors is a line as well as float32 can tell, or has no direction.
 _PARALLEL_COSINE = 0.9995
 _BLOCK = 1 << 20
+# Of a config: what no tensor's shape tells.
+_NOT_IN_TENSORS = ("head_size", "uses_rope", "uses_value2", "weakens_keys")
 
 
 def merge_models(
@@ -173,4 +175,11 @@ def _check_same_sizes(first: ModelTensors, other: ModelTensors) -> None:
             raise CheckpointError(
                 f"{other.origin}: tensor {name}: expected shape {list(here.shape)} as in {first.origin}, found "
                 f"{list(there.shape)}. Only models of the same sizes can be merged."
+            )
+    for name in _NOT_IN_TENSORS:
+        ours, theirs = getattr(first.config, name), getattr(other.config, name)
+        if ours != theirs:
+            raise CheckpointError(
+                f"{other.origin}: {name}: expected {ours} as in {first.origin}, found {theirs}. Only models that "
+                "compute in the same way can be merged."
             )

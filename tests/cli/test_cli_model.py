@@ -1,4 +1,4 @@
-"""infctx model: info, upgrade, grow, vocabulary, merge."""
+"""infctx model: new, info, upgrade, grow, vocabulary, merge."""
 
 from __future__ import annotations
 
@@ -85,6 +85,42 @@ def test_info_names_bad_tensors(cli: Any, models: dict[str, Path], tmp_path: Pat
     assert "blocks.1.ln2.bias: 0 NaN, 2 infinite" in ended.err
 
 
+NEW = ["model", "new", "--channels", 32, "--head-size", 8, "--vocab", 257]
+
+
+@pytest.mark.parametrize(
+    ("version", "arguments", "layers", "rope"),
+    [
+        ("6", [], "1 to 6: Finch", False),
+        ("5.2", [], "1 to 6: Eagle", False),
+        ("6c2", [], "1 to 6: Finch-C2", False),
+        ("goldfinch", [], "1 to 4: Finch-C2; 5 to 6: GOLD (attention)", False),
+        ("goldfinch", ["--ratio", 6, "--front", "6", "--rope"], "1 to 5: Finch; 6: GOLD (attention)", True),
+        ("gptalpha", [], "1 to 6: GPTAlpha (attention)", True),
+        ("gptalpha", ["--no-rope"], "1 to 6: GPTAlpha (attention)", False),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_new(cli: Any, version: str, arguments: list[object], layers: str, rope: bool, suffix: str) -> None:
+    path = f"new.{suffix}"
+    made = cli(*NEW, "--layers", 6, "--version", version, *arguments, "--output", path, "--json").ok().json
+    info = cli("model", "info", path, "--json").ok().json
+    assert (info["version"], info["layers"], info["uses_rope"]) == (version, layers, rope)
+    assert info["parameters"] == made["parameters"]
+    assert (info["head_size"], info["n_head"], info["vocab_size"]) == (8, 4, 257)
+    assert logits_of(Path(path)).shape == (2, 40, 257)
+
+
+def test_info_of_a_goldfinch(cli: Any) -> None:
+    cli(*NEW, "--layers", 6, "--version", "goldfinch", "--dtype", "bf16", "--output", "gold.safetensors").ok()
+    info = cli("model", "info", "gold.safetensors", "--json").ok().json
+    assert info["cache_bytes_per_token"] == 4 + 32 // 16 * 2
+    assert info["transformer_cache_bytes_per_token"] == 2 * 6 * 32 * 2
+    shown = cli("model", "info", "gold.safetensors").ok().out
+    assert "1 to 4: Finch-C2; 5 to 6: GOLD (attention)" in shown
+    assert "cache_bytes_per_token 8" in shown
+
+
 @pytest.mark.parametrize("name", ["finch.pth", "finch.safetensors"])
 def test_upgrade(cli: Any, eagle: Path, name: str) -> None:
     result = cli("model", "upgrade", eagle, "--output", name, "--decay-rank", 5, "--json").ok()
@@ -99,6 +135,40 @@ def test_upgrade(cli: Any, eagle: Path, name: str) -> None:
     rounded = cli("model", "upgrade", eagle, "--output", f"16{name}", "--dtype", "bf16", "--json").ok().json
     assert rounded["max_logit_difference"] > 1e-4
     assert cli("model", "info", f"16{name}", "--json").ok().json["dtypes"] == ["bfloat16"]
+
+
+def test_upgrade_to_goldfinch(cli: Any, models: dict[str, Path], eagle: Path) -> None:
+    command = ["model", "upgrade", models["pth"], "--to", "goldfinch"]
+    kept = cli(*command, "--ratio", 2, "--output", "kept.safetensors", "--json").ok()
+    assert kept.json["version"] == "goldfinch"
+    assert kept.json["max_logit_difference"] > 0.1
+    assert -1 <= kept.json["logit_cosine"] < 1
+    assert "train it on" in kept.err
+    assert cli("model", "info", "kept.safetensors", "--json").ok().json["layers"] == "1: Finch; 2: GOLD (attention)"
+    parts = [kept.json[f"{origin}_parameters"] for origin in ("kept", "changed", "fresh")]
+    assert sum(parts) == kept.json["parameters"]
+    assert parts[1] == 0
+    assert all(f"{part:,}" in kept.err for part in parts)
+    added = cli(*command, "--layers", "add", "--output", "added.pth", "--json").ok()
+    assert added.json["max_logit_difference"] == 0.0
+    assert "train it on" not in added.err
+    assert added.json["kept_parameters"] == cli("model", "info", models["pth"], "--json").ok().json["parameters"]
+    assert torch.equal(logits_of(Path("added.pth")), logits_of(models["pth"]))
+    both = cli("model", "upgrade", eagle, "--to", "goldfinch", "--layers", "add", "--output", "b.pth", "--json").ok()
+    assert both.json["max_logit_difference"] < 1e-5
+    assert cli("model", "info", "b.pth", "--json").ok().json["front"] == "6"
+
+
+def test_upgrade_to_finch_c2(cli: Any, models: dict[str, Path]) -> None:
+    command = ["model", "upgrade", models["pth"], "--to", "finch-c2", "--output"]
+    made = cli(*command, "c2.safetensors", "--json").ok()
+    assert made.json["version"] == "6c2"
+    assert made.json["max_logit_difference"] > 0.1
+    assert "train it on" in made.err
+    # And that may become a GoldFinch.
+    gold = ["model", "upgrade", "c2.safetensors", "--to", "goldfinch", "--layers", "add", "--output"]
+    assert cli(*gold, "gold.safetensors", "--json").ok().json["max_logit_difference"] == 0.0
+    assert cli("model", "info", "gold.safetensors", "--json").ok().json["front"] == "6c2"
 
 
 def test_grow(cli: Any, models: dict[str, Path], tmp_path: Path) -> None:
@@ -178,6 +248,17 @@ OUT = ["--output", "out.pth"]
     ("arguments", "words"),
     [
         ([*UPGRADE, "FINCH", *OUT], ["FINCH", "Eagle", "version 6"]),
+        ([*UPGRADE, "FINCH", *OUT, "--to", "goose"], ["--to goose", "finch-c2"]),
+        ([*UPGRADE, "FINCH", *OUT, "--to", "finch-c2", "--ratio", 3], ["--ratio", "--to goldfinch"]),
+        ([*UPGRADE, "FINCH", *OUT, "--to", "goldfinch", "--ratio", 1], ["--ratio"]),
+        ([*UPGRADE, "FINCH", *OUT, "--to", "goldfinch", "--layers", "all"], ["'all'", "keep, add"]),
+        ([*UPGRADE, "FINCH", *OUT, "--to", "goldfinch", "--lerp-rank", 3], ["FINCH", "Eagle", "model grow"]),
+        ([*NEW, *OUT, "--layers", 6, "--ratio", 3], ["ratio", "goldfinch only", "version 6"]),
+        ([*NEW, *OUT, "--layers", 6, "--version", "6c2", "--front", "6"], ["front", "goldfinch only", "version 6c2"]),
+        ([*NEW, *OUT, "--layers", 6, "--no-rope"], ["rope", "goldfinch or gptalpha", "version 6"]),
+        ([*NEW, *OUT, "--layers", 6, "--version", "goldfinch", "--front", "5.2"], ["front '5.2'", "6c2 or 6"]),
+        ([*NEW, *OUT, "--layers", 6, "--version", "7"], ["'7'", "goldfinch"]),
+        ([*NEW, *OUT, "--layers", 6, "--version", "goldfinch", "--ratio", 1], ["--ratio"]),
         ([*UPGRADE, "EAGLE", "--output", "there.pth"], ["there.pth", "exists", "--force"]),
         ([*UPGRADE, "EAGLE", "--output", "none/x.pth"], ["none"]),
         ([*UPGRADE, "EAGLE", "--output", "x.bin"], ["x.bin", ".pth"]),

@@ -54,3 +54,11 @@ def test_logits_layer_by_layer_are_the_models(make_finch: Callable[..., Finch], 
     found = probe_logits(model, dtype=torch.float64)
     torch.testing.assert_close(found, model(tokens)[0][0].detach(), rtol=0, atol=1e-9)
     assert float((found - expected).detach().abs().max()) > 0.1
+
+
+def test_logits_of_a_gptalpha(make_finch: Callable[..., Finch]) -> None:
+    model = make_finch("gptalpha", has_initial_shifts=True, dtype=torch.float64)
+    tokens = torch.randint(1, 50, (1, 64), generator=torch.Generator().manual_seed(0))
+    expected = model(tokens)[0][0].detach()
+    for found in (probe_logits(model, dtype=torch.float64), probe_logits(tensors_of(model), dtype=torch.float64)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

@@ -35,7 +35,7 @@ def by_hand(model: Finch, layers: Sequence[int], scales: Sequence[float]) -> Ten
     return model.head(model.output_norm(x))
 
 
-@pytest.mark.parametrize("version", ["6", "5.2"])
+@pytest.mark.parametrize("version", ["6", "5.2", "6c2"])
 @pytest.mark.parametrize(
     ("num_layers", "layers"), [(4, [0, 0, 1, 2]), (6, [0, 0, 1, 1, 2, 2]), (7, [0, 0, 0, 1, 1, 2, 2])]
 )

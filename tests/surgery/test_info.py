@@ -62,3 +62,46 @@ def test_bad_values_are_found(make_finch: Callable[..., Finch]) -> None:
     spoilt = dataclasses.replace(source, tensors={**source.tensors, "emb.weight": StoredTensor.of(value)})
     (bad,) = find_bad_tensors(spoilt)
     assert bad == ("emb.weight", 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("version", "layers"),
+    [
+        ("6", "1 to 3: Finch"),
+        ("5.2", "1 to 3: Eagle"),
+        ("6c2", "1 to 3: Finch-C2"),
+        ("goldfinch", "1 to 2: Finch-C2; 3: GOLD (attention)"),
+        ("gptalpha", "1 to 3: GPTAlpha (attention)"),
+    ],
+)
+def test_layers_in_words(make_finch: Callable[..., Finch], version: str, layers: str) -> None:
+    source = tensors_of(make_finch(version))
+    facts = model_facts(source)
+    assert facts["layers"] == layers
+    assert sum(facts["parts"].values()) == facts["parameters"]
+    if version == "goldfinch":
+        # [2, 32] and [32, 32 + 2].
+        assert facts["parts"]["cache"] == 2 * 32 + 32 * 34
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("version", ["goldfinch", "gptalpha", "6c2"])
+def test_what_is_kept_of_a_token(make_finch: Callable[..., Finch], version: str, dtype: torch.dtype) -> None:
+    model = make_finch(version, dtype=dtype)
+    facts = model_facts(tensors_of(model))
+    _, state = model(torch.randint(0, 50, (1, 11)))
+    measured = sum(part.numel() * part.itemsize for part in state.cache)
+    if version == "6c2":
+        assert measured == 0
+        assert "cache_bytes_per_token" not in facts
+        return
+    assert 11 * facts["cache_bytes_per_token"] == measured
+    assert facts["transformer_cache_bytes_per_token"] == 2 * 3 * 32 * dtype.itemsize
+
+
+@pytest.mark.parametrize(("n_layer", "n_embd", "ratio"), [(24, 2048, 756.2), (80, 8192, 2550.0)])
+def test_the_published_ratio_of_caches(n_layer: int, n_embd: int, ratio: float) -> None:
+    config = new_config(version="goldfinch", n_layer=n_layer, n_embd=n_embd, vocab_size=100)
+    with torch.device("meta"):
+        facts = model_facts(tensors_of(Finch(config).bfloat16()))
+    assert round(facts["transformer_cache_bytes_per_token"] / facts["cache_bytes_per_token"], 1) == ratio
