@@ -115,8 +115,10 @@ class _Attention(torch.autograd.Function):
                 d_key += d_scores.mT @ scaled[:, :, tile]
             asked = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
             if asked:
-                of_made = [d.transpose(1, 2).to(made[0].dtype) for d in (d_key, d_value)]
-                found = iter(torch.autograd.grad(made, asked, of_made, allow_unused=True))
+                # Where only the cache is asked for, GOLD's values, made of the embeddings alone, have no graph.
+                pairs = [(tensor, d) for tensor, d in zip(made, (d_key, d_value), strict=True) if tensor.requires_grad]
+                of_made = [d.transpose(1, 2).to(tensor.dtype) for tensor, d in pairs]
+                found = iter(torch.autograd.grad([t for t, _ in pairs], asked, of_made, allow_unused=True))
                 source.add_(begin, end, [next(found) if need else None for need in needed], totals)
         return None, d_query.transpose(1, 2).to(query.dtype), None, *totals
 
