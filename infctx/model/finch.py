@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -136,7 +137,7 @@ class Finch(nn.Module):
         chunk = _hybrid(state, layers, self._shifts(state), [own[None], self.token_cat.compress(x)[None]])
         return x, state.followed_by(chunk)
 
-    def finish(self, x: Activations, state: ModelState) -> tuple[Activations, ModelState]:
+    def finish(self, x: Activations, state: ModelState) -> tuple[Float[Tensor, "B 1 C"], ModelState]:
         """GOLD's layers behind `skim`, as far as the last token needs them.
 
         Args:
