@@ -123,6 +123,11 @@ class ModelState(tuple[Tensor, ...]):
         pairs = zip(self.cache, chunk.cache, strict=True)
         return ModelState(*chunk.recurrent, *(torch.cat([old, new.to(old)], dim=2) for old, new in pairs))
 
+    def without_cache(self) -> ModelState:
+        """With a cache of no tokens, in a model with attention: for documents that have ended."""
+        # Of a slice the whole would stay in memory.
+        return ModelState(*self.recurrent, *(part[:, :, :0].clone() for part in self.cache))
+
     def trimmed(self) -> ModelState:
         """Without what only documents that have ended in every row needed; asks the device for a number."""
         if not self.num_cached:

@@ -211,7 +211,10 @@ class _Walk:
             if self._first + self._length >= len(self._chunks):
                 break
             self._enter_window(self._first + self._length)
-            self._begin_window(state_after.trimmed())
+            state_after = state_after.trimmed()
+            self._begin_window(state_after)
+            # The cache of the window before would stay with it.
+            del state_after
         return ChunkedResult(
             self._loss_sum, state_after, self._initial_gradient, self._largest_difference, self._set_losses
         )
@@ -250,7 +253,9 @@ class _Walk:
 
     def _begin_window(self, state: ModelState) -> None:
         if state.has_cache:
-            self._cache = WindowCache(state, on_host=self._plan.cache_on_host)
+            # None of its chunks is longer than the first.
+            num_tokens = self._num_chunks * self._chunks[self._first].tokens.shape[1]
+            self._cache = WindowCache(state, on_host=self._plan.cache_on_host, num_tokens=num_tokens)
         self._keep_boundary(0, state.recurrent)
 
     def _go_on_from(self, place: WindowsPlace) -> None:

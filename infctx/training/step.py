@@ -168,7 +168,8 @@ def step_gradient(
         else:
             loss_sum, state = forward_through_chunks(objective, group.chunks, state, with_loss=False)
         loss_sums.append(loss_sum)
-        states_after.append(state)
+        # Of documents that have ended nothing is attended to any more.
+        states_after.append(state if data.carries_state else state.without_cache())
     return StepGradient(
         loss_sums=torch.stack(loss_sums).cpu(),
         states=states_after,

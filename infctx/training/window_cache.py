@@ -22,9 +22,10 @@ class WindowCache:
     Args:
         start: the state before it.
         on_host: keep cache and gradient in host memory; the attention fetches blocks of it.
+        num_tokens: of the window, at most; with more of them the cache has to move.
     """
 
-    def __init__(self, start: ModelState, *, on_host: bool) -> None:
+    def __init__(self, start: ModelState, *, on_host: bool, num_tokens: int = 0) -> None:
         dtype = start.wkv.dtype
         # Gradients are added up in the dtype of what they belong to.
         tokens, vectors = start.cached_tokens, start.cached.to(dtype)
@@ -32,6 +33,8 @@ class WindowCache:
         # Where the cache before each chunk ends.
         self._ends = [start.num_cached]
         self._gradient: Tensor | None = None
+        # At once: while it moves it is there twice.
+        self._make_room(start.num_cached + num_tokens)
 
     def before(self, index: int, recurrent: ModelState) -> ModelState:
         """The whole state before a chunk of the window; its cache is good until the next `put`."""

@@ -387,3 +387,21 @@ def test_the_two_sweeps_are_compared(make_finch: Callable[..., Finch]) -> None:
     assert difference(keeps_random_state=False, window="document") > 0.1
     assert difference(keeps_random_state=False, window=2) > 0.1
     assert difference(keeps_random_state=False, window=1) == 0
+
+
+@pytest.mark.parametrize("version", ["goldfinch", "gptalpha"])
+def test_attention_of_frozen_weights_gives_the_gradient_of_trained_ones(
+    make_finch: Callable[..., Finch], version: str
+) -> None:
+    """GOLD's values are made of the embeddings alone: where those are frozen, nothing of them asks for a gradient."""
+    model = make_finch(version, dtype=torch.float64)
+    tokens, weight, starts = make_batch()
+    settings = {"loss_weight": weight, "starts": starts, "chunk_tokens": 7}
+    _, expected, _ = chunked(model, tokens, random_state(model, 2), **settings)
+    learns = ("query.weight", "output.weight", "time_mix.key.weight", "compress.weight")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(learns))
+    _, found, _ = chunked(model, tokens, random_state(model, 2), **settings)
+    found = {name: gradient for name, gradient in found.items() if gradient is not None}
+    assert len(found) > len(model.blocks)
+    assert max(relative_errors(found, expected).values()) < 1e-12
