@@ -42,7 +42,7 @@ from infctx.run_folder import (
     last_checkpoint,
 )
 from infctx.run_report import RunReport
-from infctx.spread import check_alone, check_spread, data_ranks, is_spread
+from infctx.spread import check_alone, check_model_spread, check_spread, data_ranks, is_spread
 from infctx.token_trace import RunToTrace, Stop, trace_token, without_files
 from infctx.training.activation_memory import should_recompute
 from infctx.training.averaged_weights import AveragedWeights
@@ -361,6 +361,7 @@ def _quietly(say: Say) -> Say:
 def _open_parts(recipe: Recipe, engine: FabricEngine, say: Say) -> _Parts:
     check_loggers(recipe.run.loggers)
     model_file = read_model_file(recipe.model.path, dtype=None)
+    check_model_spread(recipe, model_file.model.config)
     wanted = None if recipe.kernel.backend == "auto" else recipe.kernel.backend
     try:
         backend = choose_backend(wanted, device=engine.device, head_size=model_file.model.config.head_size)

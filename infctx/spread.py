@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from infctx.errors import RecipeError
+from infctx.model.config import FinchConfig
 from infctx.recipe.schema import Recipe
 from infctx.training.ranks import count_devices
 
@@ -38,6 +39,19 @@ def check_alone(environ: Mapping[str, str]) -> None:
         raise RecipeError(
             f"run.devices: torchrun has started {started} processes, and the recipe asks for one. Set run.devices and "
             "run.num_nodes to what was started."
+        )
+
+
+def check_model_spread(recipe: Recipe, config: FinchConfig) -> None:
+    """Refuse a spread that the model cannot have.
+
+    Raises: RecipeError saying what is missing.
+    """
+    if recipe.run.time_parallel > 1 and config.n_attention:
+        raise RecipeError(
+            f"run.time_parallel: expected 1, got {recipe.run.time_parallel}: the last {config.n_attention} layers of "
+            f"this {config.name} attend to all tokens before, and ranks that share a chunk do not send each other what "
+            "they cache. More ranks with rows of their own, FSDP and DeepSpeed work."
         )
 
 

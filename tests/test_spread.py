@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from infctx.errors import RecipeError
+from infctx.model.init import new_config
 from infctx.recipe.load import write_recipe
 from infctx.recipe.schema import Recipe
 from infctx.run_folder import as_begun, as_kept
-from infctx.spread import check_alone, check_spread, data_ranks, is_spread, num_processes
+from infctx.spread import check_alone, check_model_spread, check_spread, data_ranks, is_spread, num_processes
 
 
 def make(folder: Path = Path("runs/x"), **run: Any) -> Recipe:
@@ -58,6 +59,14 @@ def test_what_is_not_there_is_refused(gpus: Any, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(RecipeError, match=r"deepspeed_2 needs the package deepspeed.*infctx\[deepspeed\]"):
         check_spread(make(devices=2, strategy="deepspeed_2"))
     check_spread(make(devices=2, strategy="fsdp"))
+
+
+def test_attention_over_ranks_that_share_a_chunk_is_refused() -> None:
+    sizes = {"n_layer": 6, "n_embd": 64, "vocab_size": 10}
+    check_model_spread(make(time_parallel=2), new_config(version="6c2", **sizes))
+    check_model_spread(make(), new_config(version="goldfinch", **sizes))
+    with pytest.raises(RecipeError, match=r"time_parallel: expected 1, got 2: the last 2 layers of this GoldFinch"):
+        check_model_spread(make(time_parallel=2), new_config(version="goldfinch", **sizes))
 
 
 def test_processes_that_nobody_asked_for_are_refused() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from infctx.adapters.adapter_folder import AdapterFacts, write_facts, write_readme, write_trained
 from infctx.adapters.base_weight import parameter_values
+from infctx.errors import RecipeError
 from infctx.model.finch import Finch
 
 
@@ -56,6 +57,11 @@ def attach_state(model: Finch, *, initial_shifts: bool = False) -> StateTuning:
 def add_start_parameters_(model: Finch, *, initial_state: bool, initial_shifts: bool) -> set[str]:
     """Give the model the parameters that documents begin with, of zeros where it has none yet; returns their names."""
     wanted = []
+    if initial_state and not model.config.n_recurrent:
+        raise RecipeError(
+            f"adapter: a tuned initial state is that of a recurrence, and a {model.config.name} has none. Use another "
+            "adapter.kind, without adapter.initial_state."
+        )
     if initial_state:
         model.add_initial_state_()
         wanted.append("initial_state")

@@ -145,7 +145,8 @@ def _working_bytes(block: nn.Module, config: FinchConfig, *, hidden_bytes: int, 
         # The gradient that comes through the adapter is cast to float32, as its weights are, and back.
         at_product += feed * (hidden_bytes + _EXACT)
     # The gradient goes back through the squared ReLU, whose input is kept until it is through.
-    at_square = (2 * feed - freed_input - (feed if kept_by_product(mix.value, keeps_inputs=keeps_inputs) else 0)) * hidden_bytes
+    kept_by_value = feed if kept_by_product(mix.value, keeps_inputs=keeps_inputs) else 0
+    at_square = (2 * feed - freed_input - kept_by_value) * hidden_bytes
     return at_product, max(0, at_square)
 
 

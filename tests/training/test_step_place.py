@@ -80,13 +80,15 @@ def everything(model: Finch, result: ChunkedResult) -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    ("version", "plan", "dropout"),
+    [*(("6", plan, dropout) for plan in PLANS for dropout in (None, 0.3)), ("goldfinch", "thinned", None)],
+)
 @pytest.mark.parametrize("window", [1, 4, "document"])
-@pytest.mark.parametrize("dropout", [None, 0.3])
 def test_left_at_any_pause(
-    make_finch: Callable[..., Finch], tmp_path: Path, window: Window, plan: str, dropout: float | None
+    make_finch: Callable[..., Finch], tmp_path: Path, version: str, window: Window, plan: str, dropout: float | None
 ) -> None:
-    model = make_finch("6", n_layer=2, n_embd=16, dim_ffn=24)
+    model = make_finch(version, n_layer=2, n_embd=16, dim_ffn=24)
     if dropout is not None:
         targets = ["receptance", "key", "value"]
         torch.manual_seed(3)
@@ -140,4 +142,5 @@ def test_left_at_any_pause(
         found = everything(model, result)
         assert len(found) == len(expected)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), leave_at
-        assert float(result.largest_difference) == 0
+        # GOLD's shifts at a border are those of the whole chunk up to rounding.
+        assert float(result.largest_difference) <= (1e-5 if model.config.n_attention else 0)
