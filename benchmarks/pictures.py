@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from architecture_pictures import draw_house, draw_step
 from live_view_picture import draw_live_view
 from picture_card import card
-from recall_picture import INK
+from recall_picture import INK, draw_models
 from recall_picture import draw as draw_recall
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +33,7 @@ def pictures() -> dict[str, Callable[[], str]]:
     return {
         "memory.svg": lambda: draw_memory(_result("memory_against_length_cpu.json")),
         "recall.svg": lambda: on_card(draw_recall(_result("recall_cpu.json"))),
+        "recall_hybrid.svg": lambda: on_card(draw_models(_result("recall_hybrid_cpu.json"))),
         "house.svg": lambda: draw_house(ROOT / "pyproject.toml"),
         "step.svg": draw_step,
         "live_view.svg": draw_live_view,

@@ -1,8 +1,10 @@
-"""The picture of benchmarks/recall.py: accuracy against distance, a panel for each setting, a line for each window.
+"""The pictures of benchmarks/recall.py and recall_hybrid.py: accuracy against distance, or pairs, in panels.
 
-Every seed is a dot and their mean a mark: what is learned all at once or not at all has no meaningful spread.
+A line for each window, or model. Every seed is a dot and their mean a mark: what is learned all at once or not at all
+has no meaningful spread.
 
 python benchmarks/recall_picture.py benchmarks/results/recall_cpu.json recall.svg
+python benchmarks/recall_picture.py benchmarks/results/recall_hybrid_cpu.json recall_hybrid.svg
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Any
 # Of middle lightness, and no background, so that it can be read on white as well as on black.
 INK = "#808893"
 STYLES = {"1": ("#e0792b", "square"), "3": ("#5b8def", "triangle"), "document": ("#2fa35a", "circle")}
+MODEL_STYLES = {"finch": ("#5b8def", "triangle"), "goldfinch": ("#e0a52b", "circle")}
+MODEL_NAMES = {"finch": "Finch", "goldfinch": "GoldFinch"}
 PANEL_WIDTH, PANEL_HEIGHT, GAP = 240, 170, 44
 LEFT, TOP, BOTTOM = 48, 60, 56
 # Lines that coincide are drawn side by side, so many pixels apart.
@@ -31,10 +35,17 @@ def draw(found: dict[str, Any]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'font-family="sans-serif" font-size="12" fill="{INK}">',
         "<title>Accuracy of recall against the distance between key and question</title>",
-        *_legend(),
+        *_legend({window: _window_in_words(window) for window in STYLES}, STYLES),
     ]
     for number, (name, setting) in enumerate(settings.items()):
-        parts += _panel(name, setting, left=LEFT + number * (PANEL_WIDTH + GAP), chance=found["chance"])
+        parts += _panel(
+            _title(name, setting),
+            setting["runs"],
+            lines=("window", STYLES),
+            trained_at=setting["setting"]["borders"],
+            left=LEFT + number * (PANEL_WIDTH + GAP),
+            chance=found["chance"],
+        )
     middle = LEFT + (width - LEFT - GAP) / 2
     chunk_tokens = next(iter(settings.values()))["setting"]["chunk_tokens"]
     words = f"chunk borders between key and question (a chunk is {chunk_tokens} tokens)"
@@ -43,18 +54,57 @@ def draw(found: dict[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _legend() -> list[str]:
+def draw_models(found: dict[str, Any]) -> str:
+    """The picture of two models as SVG. found: what benchmarks/recall_hybrid.py writes."""
+    tasks = found["tasks"]
+    width = LEFT + len(tasks) * (PANEL_WIDTH + GAP)
+    height = TOP + PANEL_HEIGHT + BOTTOM
+    titles = {"one": "one key: chunk borders to the question", "pairs": "pairs of name and value in the document"}
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'font-family="sans-serif" font-size="12" fill="{INK}">',
+        "<title>Accuracy of recall by a Finch and a GoldFinch of the same number of parameters</title>",
+        *_legend(MODEL_NAMES, MODEL_STYLES),
+    ]
+    for number, (name, task) in enumerate(tasks.items()):
+        parts += _panel(
+            titles[name],
+            task["runs"],
+            lines=("model", MODEL_STYLES),
+            trained_at=task["trained_at"],
+            left=LEFT + number * (PANEL_WIDTH + GAP),
+            chance=found["chance"][name],
+        )
+    words = "shaded: trained; dots: seeds, lines: means"
+    parts += [_text(LEFT + (width - LEFT - GAP) / 2, height - 12, words, anchor="middle"), "</svg>"]
+    return "\n".join(parts) + "\n"
+
+
+def _window_in_words(window: str) -> str:
+    if window == "document":
+        return "gradient over the document"
+    return f"gradient over {window} chunk" + ("s" if window == "3" else "")
+
+
+def _legend(names: dict[str, str], styles: dict[str, tuple[str, str]]) -> list[str]:
     parts = []
-    for number, (window, (colour, shape)) in enumerate(STYLES.items()):
+    for number, (name, words) in enumerate(names.items()):
+        colour, shape = styles[name]
         x = LEFT + 10 + 190 * number
-        words = "gradient over the document" if window == "document" else f"gradient over {window} chunk"
-        words += "s" if window == "3" else ""
         parts += [_line(x - 10, 14, x + 10, 14, colour, 2), _mark(x, 14, colour, shape), _text(x + 16, 18, words)]
     return parts
 
 
-def _panel(name: str, setting: dict[str, Any], *, left: float, chance: float) -> list[str]:
-    runs = setting["runs"]
+def _panel(
+    title: str,
+    runs: list[dict[str, Any]],
+    *,
+    lines: tuple[str, dict[str, tuple[str, str]]],
+    trained_at: list[int],
+    left: float,
+    chance: float,
+) -> list[str]:
+    key, styles = lines
     distances = list(runs[0]["accuracy"])
     step = PANEL_WIDTH / len(distances)
 
@@ -64,11 +114,11 @@ def _panel(name: str, setting: dict[str, Any], *, left: float, chance: float) ->
     def y(score: float) -> float:
         return TOP + PANEL_HEIGHT * (1 - score)
 
-    trained = [x(str(borders)) for borders in setting["setting"]["borders"]]
+    trained = [x(str(borders)) for borders in trained_at]
     first, last = min(trained) - step / 2, max(trained) + step / 2
     parts = [
         f'<rect x="{first:.1f}" y="{TOP}" width="{last - first:.1f}" height="{PANEL_HEIGHT}" opacity="0.15"/>',
-        _text(left + PANEL_WIDTH / 2, TOP - 14, _title(name, setting), anchor="middle"),
+        _text(left + PANEL_WIDTH / 2, TOP - 14, title, anchor="middle"),
         _line(left, y(0), left + PANEL_WIDTH, y(0), INK, 1),
         _line(left, y(1), left, y(0), INK, 1),
         _line(left, y(chance), left + PANEL_WIDTH, y(chance), INK, 1, dash="3 3"),
@@ -76,13 +126,13 @@ def _panel(name: str, setting: dict[str, Any], *, left: float, chance: float) ->
         *(_text(left - 6, y(score) + 4, f"{score:.0%}", anchor="end") for score in (0, 0.5, 1)),
         _text(left + PANEL_WIDTH - 2, y(0) - 4, "chance", anchor="end"),
     ]
-    windows = list(dict.fromkeys(str(run["window"]) for run in runs))
-    for number, window in enumerate(windows):
-        colour, shape = STYLES[window]
-        shift = APART * (number - (len(windows) - 1) / 2)
+    names = list(dict.fromkeys(str(run[key]) for run in runs))
+    for number, name in enumerate(names):
+        colour, shape = styles[name]
+        shift = APART * (number - (len(names) - 1) / 2)
         points, dots = [], ""
         for borders in distances:
-            scores = [run["accuracy"][borders] for run in runs if str(run["window"]) == window]
+            scores = [run["accuracy"][borders] for run in runs if str(run[key]) == name]
             place = x(borders) + shift
             dots += "".join(f"M{place:.1f} {y(score):.1f}h0" for score in sorted(set(scores)))
             points.append((place, y(mean(scores))))
@@ -122,7 +172,8 @@ def _text(x: float, y: float, words: str, *, anchor: str = "start") -> str:
 
 def main() -> None:
     figures, picture = map(Path, sys.argv[1:])
-    picture.write_text(draw(json.loads(figures.read_text())))
+    found = json.loads(figures.read_text())
+    picture.write_text(draw_models(found) if "tasks" in found else draw(found))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def attach_adapter(
         return ATTACH["state"](model, initial_shifts=section.initial_shifts)
     settings = PeftSettings(
         kind=section.kind,
-        targets=section.targets,
+        targets=_targets(section, model),
         rank=section.rank,
         alpha=section.alpha,
         dropout=section.dropout,
@@ -60,6 +60,15 @@ def attach_adapter(
         **states,
     )
     return ATTACH[section.kind](model, settings, start=start, frozen_dtype=frozen_dtype)
+
+
+def _targets(section: AdapterSection, model: Finch) -> list[str]:
+    """Those of the section; its default is every matrix of the time mix that there is, whatever the kind of block."""
+    default = AdapterSection.model_fields["targets"].default
+    if section.targets != default:
+        return section.targets
+    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return [name for name in (*default, "query") if name in names]
 
 
 def start_of(adapter: Adapter) -> dict[str, Tensor] | None:

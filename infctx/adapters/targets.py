@@ -37,6 +37,11 @@ def target_matrices(model: nn.Module, targets: Sequence[str], *, with_embedding:
             f"adapter.targets: {embeddings[0]!r} cannot be a target with adapter.kind {kind}: peft puts it on matrix "
             "products only. Leave it out, or use adapter.kind: lora, rslora or dora."
         )
+    if embeddings and getattr(model, "token_cat", None) is not None:
+        raise RecipeError(
+            "adapter.targets: 'embedding' cannot be a target in a GoldFinch: attention makes keys of the rows "
+            "themselves. Train it as it is: adapter.train_also: [embedding.weight]."
+        )
     if "token_cat.decompress" in meant:
         raise RecipeError(
             "adapter.targets: 'token_cat.decompress' cannot be a target: attention makes keys of the matrix itself. "

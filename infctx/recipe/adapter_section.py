@@ -49,7 +49,8 @@ class AdapterSection(Section):
     targets: Annotated[list[Text], Field(min_length=1)] = Field(
         default=["receptance", "key", "value", "gate", "output"],
         description="Additions: matrices that get one, by the last part or parts of the name, globs allowed (key, "
-        "channel_mix.key, 'blocks.2*.time_mix.*'). head is one, too; embedding with lora, rslora and dora.",
+        "channel_mix.key, 'blocks.2*.time_mix.*'). head is one, too; embedding with lora, rslora and dora. The default "
+        "means those of them that the model has, and query.",
     )
     ranks: dict[Text, Count] = Field(
         default={},

@@ -22,6 +22,8 @@ from infctx.adapters.peft_kinds import PeftSettings
 from infctx.adapters.state_tuning import attach_state
 from infctx.errors import CheckpointError, RecipeError
 from infctx.model.finch import Finch
+from infctx.recipe.adapter_section import AdapterSection
+from infctx.run_adapter import attach_adapter
 from infctx.training.precision import apply_precision_
 
 MATRICES = ["receptance", "key", "value", "gate", "output"]
@@ -82,6 +84,8 @@ STARTS[0, [0, 11, 12]] = True
 @pytest.fixture
 def finch(make_finch: Callable[..., Finch]) -> Callable[..., Finch]:
     def make(version: str = "6", **sizes: object) -> Finch:
+        if version == "goldfinch":
+            sizes |= {"front": "6", "uses_rope": True}
         return make_finch(version, n_layer=2, **sizes)
 
     return make
@@ -92,13 +96,43 @@ def version_of(case: str) -> str:
     return "5.2" if CASES.index(case) % 3 == 1 else "6"
 
 
+# A GoldFinch's keys are made of the embedding's rows themselves.
+CASES_OF_VERSIONS = [
+    *((case, version_of(case)) for case in CASES),
+    *((case, "goldfinch") for case in CASES if "embedding" not in case and case != "rslora"),
+]
+
+
+@pytest.mark.parametrize("version", ["6c2", "goldfinch"])
+def test_the_default_targets_are_those_that_there_are(finch: Callable[..., Finch], version: str) -> None:
+    section = AdapterSection(kind="lora", rank=2, alpha=4)
+    model = finch(version)
+    attach_adapter(section, model)
+    matrices = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if "lora_" in name}
+    assert matrices == {"receptance", "key", "value", "output"} | (
+        {"query", "gate"} if version == "goldfinch" else set()
+    )
+    with pytest.raises(RecipeError, match="'gate' matches no matrix"):
+        attach_adapter(AdapterSection(kind="lora", rank=2, alpha=4, targets=["gate"]), finch("6c2"))
+
+
+def test_an_adapter_on_the_embedding_of_a_goldfinch_is_refused(finch: Callable[..., Finch]) -> None:
+    for targets in (["embedding"], ["*"]):
+        with pytest.raises(RecipeError, match="'embedding' cannot be a target in a GoldFinch"):
+            attach_peft(finch("goldfinch"), PeftSettings(kind="lora", rank=2, alpha=4.0, targets=targets))
+    with pytest.raises(RecipeError, match=r"'token_cat.decompress' cannot be a target"):
+        attach_peft(finch("goldfinch"), PeftSettings(kind="lora", rank=2, alpha=4.0, targets=["token_cat.*"]))
+
+
 def values(model: Finch) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_attached_is_the_identity_and_merged_equals_attached(finch: Callable[..., Finch], case: str) -> None:
-    model = finch(version_of(case))
+@pytest.mark.parametrize(("case", "version"), CASES_OF_VERSIONS)
+def test_attached_is_the_identity_and_merged_equals_attached(
+    finch: Callable[..., Finch], case: str, version: str
+) -> None:
+    model = finch(version)
     before, _ = model(TOKENS)
     base = values(model)
     adapter = attach(model, case)
@@ -154,9 +188,9 @@ def test_a_base_stored_in_bf16_is_the_only_thing_that_is_rounded(finch: Callable
     torch.testing.assert_close(model(TOKENS)[0], attached, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_gradient_through_chunks_is_exact(finch: Callable[..., Finch], case: str) -> None:
-    model = finch(version_of(case))
+@pytest.mark.parametrize(("case", "version"), CASES_OF_VERSIONS)
+def test_the_gradient_through_chunks_is_exact(finch: Callable[..., Finch], case: str, version: str) -> None:
+    model = finch(version)
     attach(model, case)
     disturb_(model)
     model.double()
