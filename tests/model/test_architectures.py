@@ -59,19 +59,21 @@ def make_model(variant: str) -> Finch:
     sizes = {name: value for name, value in VARIANTS[variant].items() if name not in SWITCHES}
     model = random_finch(dtype=torch.float64, **sizes)
     if variant == "GPTAlpha behind Finch-C2":
-        return in_front_of(random_finch("6c2", dtype=torch.float64), model)
+        return in_front_of(random_finch("6c2", dtype=torch.float64), model, uses_rope=True)
     told = {name: value for name, value in VARIANTS[variant].items() if name in SWITCHES}
     return with_parameters(replace(model.config, **told), model.state_dict())
 
 
-def in_front_of(front: Finch, back: Finch) -> Finch:
+def in_front_of(front: Finch, back: Finch, *, uses_rope: bool) -> Finch:
     """The blocks of one model and the last block of another."""
-    parameters = {name: value for name, value in front.state_dict().items() if not name.startswith("blocks.2.")}
-    parameters |= {name: value for name, value in back.state_dict().items() if name.startswith("blocks.2.")}
-    return with_parameters(replace(front.config, version="gptalpha", n_attention=1, uses_rope=True), parameters)
+    last = f"blocks.{front.config.n_layer - 1}."
+    parameters = {name: value for name, value in front.state_dict().items() if not name.startswith(last)}
+    parameters |= {name: value for name, value in back.state_dict().items() if name.startswith(last)}
+    return with_parameters(replace(front.config, version="gptalpha", n_attention=1, uses_rope=uses_rope), parameters)
 
 
 def with_parameters(config: FinchConfig, parameters: dict[str, Tensor]) -> Finch:
+    """A float64 model."""
     model = Finch(config, has_initial_state=any(name.endswith("initial_state") for name in parameters)).double().eval()
     model.load_state_dict(parameters)
     return model
