@@ -14,6 +14,7 @@ from torch import Tensor
 
 import infctx
 from infctx.checkpoint.model_file import official_tensors
+from infctx.model import cached_attention
 from infctx.model.config import FinchConfig
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
@@ -95,6 +96,13 @@ def case_of(model: Finch) -> Case:
     for row, places in enumerate(STARTS):
         starts[row, list(places)] = True
     return Case(model, untold_of(model.config), tokens, starts)
+
+
+@pytest.fixture(autouse=True)
+def _keys_in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents of a few tokens, and yet several blocks of keys."""
+    monkeypatch.setattr(cached_attention, "KEYS_AT_ONCE", 6)
+    monkeypatch.setattr(cached_attention, "SCORES_AT_ONCE", 200)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
