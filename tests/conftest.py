@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--hf-code", metavar="FOLDER", help="modeling_rwkv{5,6}.py and the files that go with them")
     group.addoption("--hf-python", metavar="PYTHON", help="a Python with torch and transformers (default: this one)")
     group.addoption("--fla-python", metavar="PYTHON", help="a Python with flash-linear-attention")
+    group.addoption("--goldfinch-code", metavar="FOLDER", help="a checkout of the GoldFinch paper's code")
     group.addoption("--llama-python", metavar="PYTHON", help="a Python with llama-cpp-python")
 
 

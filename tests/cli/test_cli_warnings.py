@@ -43,10 +43,11 @@ def test_nothing_where_the_file_beside_says_it(cli: Any, tmp_path: Path) -> None
 
 def test_warnings_of_others_are_as_python_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
     def warn() -> None:
-        warnings.warn("theirs", FutureWarning, stacklevel=1)
-        for _ in range(2):
-            warnings.warn("ours", InfctxWarning, stacklevel=1)
+        with warnings_for_people():
+            warnings.warn("theirs", FutureWarning, stacklevel=1)
+            for _ in range(2):
+                warnings.warn("ours", InfctxWarning, stacklevel=1)
 
-    with warnings_for_people(), pytest.warns(FutureWarning, match="theirs"):
+    with pytest.warns(FutureWarning, match="theirs"):
         warn()
     assert capsys.readouterr().err == "Warning: ours\n"

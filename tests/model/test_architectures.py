@@ -14,6 +14,7 @@ from torch import Tensor
 
 import infctx
 from infctx.checkpoint.model_file import official_tensors
+from infctx.model import cached_attention
 from infctx.model.config import FinchConfig
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
@@ -59,19 +60,21 @@ def make_model(variant: str) -> Finch:
     sizes = {name: value for name, value in VARIANTS[variant].items() if name not in SWITCHES}
     model = random_finch(dtype=torch.float64, **sizes)
     if variant == "GPTAlpha behind Finch-C2":
-        return in_front_of(random_finch("6c2", dtype=torch.float64), model)
+        return in_front_of(random_finch("6c2", dtype=torch.float64), model, uses_rope=True)
     told = {name: value for name, value in VARIANTS[variant].items() if name in SWITCHES}
     return with_parameters(replace(model.config, **told), model.state_dict())
 
 
-def in_front_of(front: Finch, back: Finch) -> Finch:
+def in_front_of(front: Finch, back: Finch, *, uses_rope: bool) -> Finch:
     """The blocks of one model and the last block of another."""
-    parameters = {name: value for name, value in front.state_dict().items() if not name.startswith("blocks.2.")}
-    parameters |= {name: value for name, value in back.state_dict().items() if name.startswith("blocks.2.")}
-    return with_parameters(replace(front.config, version="gptalpha", n_attention=1, uses_rope=True), parameters)
+    last = f"blocks.{front.config.n_layer - 1}."
+    parameters = {name: value for name, value in front.state_dict().items() if not name.startswith(last)}
+    parameters |= {name: value for name, value in back.state_dict().items() if name.startswith(last)}
+    return with_parameters(replace(front.config, version="gptalpha", n_attention=1, uses_rope=uses_rope), parameters)
 
 
 def with_parameters(config: FinchConfig, parameters: dict[str, Tensor]) -> Finch:
+    """A float64 model."""
     model = Finch(config, has_initial_state=any(name.endswith("initial_state") for name in parameters)).double().eval()
     model.load_state_dict(parameters)
     return model
@@ -93,6 +96,13 @@ def case_of(model: Finch) -> Case:
     for row, places in enumerate(STARTS):
         starts[row, list(places)] = True
     return Case(model, untold_of(model.config), tokens, starts)
+
+
+@pytest.fixture(autouse=True)
+def _keys_in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents of a few tokens, and yet several blocks of keys."""
+    monkeypatch.setattr(cached_attention, "KEYS_AT_ONCE", 6)
+    monkeypatch.setattr(cached_attention, "SCORES_AT_ONCE", 200)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from infctx.model.finch import Finch
-from infctx.model.state import ModelState
 
 # Logits have standard deviation about 1; both sides compute in float32, in another order.
 TOLERANCE = 1e-4
@@ -53,7 +52,7 @@ class Answers:
             state, exact_state = (one(self.sequences[CARRIED])[1] for one in (model, exact))
             tokens = self.sequences[CONTINUED]
             self._same_logits("continued", model(tokens, state)[0], exact(tokens, exact_state)[0])
-        for name, ours, right in zip(ModelState._fields, state, exact_state, strict=True):
+        for name, ours, right in zip(state.fields, state, exact_state, strict=True):
             scale = wkv_scale if name == "wkv" else 1.0
             # States reach 100: the difference counts beside the largest value.
             bound = max(1e-5 * float(ours.abs().max()), NOISE * float((ours - right).abs().max())) * scale
