@@ -22,6 +22,7 @@ from infctx.checkpoint.model_file import ModelFile, read_model_file
 from infctx.checkpoint.run_lock import RunLock
 from infctx.checkpoint.writers import together
 from infctx.errors import MachineError, RecipeError, machine_fault
+from infctx.free_memory import free_bytes, free_host_bytes
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.model.time_parallel import TimeGroup
@@ -46,7 +47,7 @@ from infctx.spread import check_alone, check_spread, data_ranks, is_spread
 from infctx.token_trace import RunToTrace, Stop, trace_token, without_files
 from infctx.training.activation_memory import should_recompute
 from infctx.training.averaged_weights import AveragedWeights
-from infctx.training.boundary_store import BoundaryPlan, choose_store, free_bytes, free_host_bytes, state_bytes
+from infctx.training.boundary_store import BoundaryPlan, choose_store, state_bytes
 from infctx.training.bptt import ChunkObjective
 from infctx.training.fabric_run import FabricEngine, open_engine
 from infctx.training.gradient_check import GradientCheck, check_gradient
