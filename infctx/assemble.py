@@ -650,8 +650,9 @@ def _headline(recipe: Recipe, parts: _Parts) -> list[str]:
 
 def _attention_in_words(config: FinchConfig) -> str:
     each = cache_bytes(config, rows=1, num_tokens=1)
-    layers = f"the last {config.n_attention} layers attend" if config.n_recurrent else "all layers attend"
-    return f"{layers}; they cache {each:,} bytes of every token, and its gradient"
+    last = "the last layer attends" if config.n_attention == 1 else f"the last {config.n_attention} layers attend"
+    layers = last if config.n_recurrent else "all layers attend"
+    return f"{layers}; {each:,} bytes of every token are cached, and as much for the gradient"
 
 
 def _ranks_in_words(recipe: Recipe, engine: FabricEngine) -> str:
