@@ -7,11 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from infctx.assemble import check_recipe
 from infctx.data.chunking import Chunk
+from infctx.data.document import Document
+from infctx.data.stream import DocumentSource
 from infctx.errors import RecipeError
 from infctx.export.catalog import save_model
 from infctx.model.finch import Finch
@@ -21,6 +24,8 @@ from infctx.training import cache_place
 from infctx.training.boundary_store import BoundaryPlan
 from infctx.training.bptt import ChunkObjective, backward_through_windows
 from infctx.training.cache_place import bytes_with_gradient, cache_bytes, cache_goes_to_host
+from infctx.training.engine import WholeWeights
+from infctx.training.step import step_gradient
 from infctx.training.window_cache import WindowCache
 
 GPU = torch.device("cuda")
@@ -119,3 +124,17 @@ def test_a_window_leaves_one_cache(
     )
     assert len(made) == 3
     assert set(alive) == {1}
+
+
+def test_documents_that_have_ended_leave_no_cache(make_finch: Callable[..., Finch]) -> None:
+    """With accumulation those of all groups of rows would wait for the end of the step."""
+    model = make_finch("goldfinch").train()
+    ids, weights = np.arange(24, dtype=np.int32), (np.arange(24) > 0).astype(np.float32)
+    documents = [Document(tokens=ids, weights=weights, origin=str(n)) for n in range(4)]
+    sizes, one_rank = {"rows": 1, "accumulate": 2, "chunk_tokens": 8}, {"rank": 0, "world": 1}
+    data = DocumentSource(documents, **sizes, **one_rank, seed=0, epochs=None, steps=2).next_step()
+    assert data is not None
+    engine = WholeWeights(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    gradient = step_gradient(ChunkObjective(model), data, 2 * [model.fresh_state(1)], window="document", engine=engine)
+    assert [state.num_cached for state in gradient.states] == [0, 0]
+    assert all(state.has_cache for state in gradient.states)
