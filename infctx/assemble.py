@@ -22,10 +22,13 @@ from infctx.checkpoint.model_file import ModelFile, read_model_file
 from infctx.checkpoint.run_lock import RunLock
 from infctx.checkpoint.writers import together
 from infctx.errors import MachineError, RecipeError, machine_fault
+from infctx.free_memory import free_bytes, free_host_bytes
+from infctx.model.config import FinchConfig
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.model.time_parallel import TimeGroup
 from infctx.planning.before_training import RunShape, least_room, plan_before_training, room_here
+from infctx.planning.from_recipe import tokens_cached
 from infctx.recipe.load import RECIPE_FILE, write_recipe
 from infctx.recipe.optimizer_section import DECAY_FRACTION
 from infctx.recipe.schema import Recipe
@@ -46,8 +49,9 @@ from infctx.spread import check_alone, check_model_spread, check_spread, data_ra
 from infctx.token_trace import RunToTrace, Stop, trace_token, without_files
 from infctx.training.activation_memory import should_recompute
 from infctx.training.averaged_weights import AveragedWeights
-from infctx.training.boundary_store import BoundaryPlan, choose_store, free_bytes, free_host_bytes, state_bytes
+from infctx.training.boundary_store import BoundaryPlan, choose_store, state_bytes
 from infctx.training.bptt import ChunkObjective
+from infctx.training.cache_place import cache_bytes, cache_goes_to_host
 from infctx.training.fabric_run import FabricEngine, open_engine
 from infctx.training.gradient_check import GradientCheck, check_gradient
 from infctx.training.host_memory import HeapTrimmer
@@ -537,7 +541,8 @@ def _loggers(recipe: Recipe, progress: Progress) -> Loggers:
 
 
 def _boundaries(recipe: Recipe, model: Finch, data: RunData, engine: FabricEngine) -> BoundaryPlan:
-    """Where boundary states go, for the longest window of the run; refuses one that has no room."""
+    """Where boundary states go, and what attention has cached, for the longest window of the run; refuses what has no
+    room."""
     bptt, device = recipe.bptt, engine.device
     folder = _boundary_folder(Path(recipe.run.folder), engine.ranks)
     # Of the host and the disk, every rank of the machine wants as much.
@@ -545,7 +550,13 @@ def _boundaries(recipe: Recipe, model: Finch, data: RunData, engine: FabricEngin
     longest = max(data.longest, recipe.data.pack_tokens or 0)
     num_chunks = -(-longest // bptt.chunk_tokens) if bptt.window == "document" else bptt.window
     one_state = state_bytes(ModelState.zeros(model.config, recipe.run.rows, dtype=torch.float32, device="meta"))
-    plan = BoundaryPlan(is_thinned=bptt.thin_boundaries, folder=folder)
+    cache_on_host = False
+    if model.config.n_attention:
+        _, cached = tokens_cached(recipe, longest)
+        cache_on_host = cache_goes_to_host(
+            model.config, device, rows=recipe.run.rows, num_tokens=cached, sharers=sharers
+        )
+    plan = BoundaryPlan(is_thinned=bptt.thin_boundaries, folder=folder, cache_on_host=cache_on_host)
     needed = one_state * plan.most_kept(num_chunks)
     where = choose_store(needed, device, sharers=sharers) if bptt.boundaries == "auto" else bptt.boundaries
     above = next(path for path in folder.absolute().parents if path.exists())
@@ -604,7 +615,13 @@ def _memory_in_words(parts: _Parts, *, is_recomputed: bool) -> str:
     activations = "recomputed layer by layer" if is_recomputed else "kept"
     places = {"device": "on the device", "host": "in host memory", "disk": "on disk"}
     thinned = ", thinned" if parts.boundaries.is_thinned else ""
-    return f"memory     activations of a chunk {activations}; boundary states {places[parts.boundaries.where]}{thinned}"
+    cache = ""
+    if parts.model_file.model.config.n_attention:
+        cache = f"; cache {places['host' if parts.boundaries.cache_on_host else 'device']}"
+    return (
+        f"memory     activations of a chunk {activations}; boundary states {places[parts.boundaries.where]}{thinned}"
+        f"{cache}"
+    )
 
 
 def _headline(recipe: Recipe, parts: _Parts) -> list[str]:
@@ -620,6 +637,7 @@ def _headline(recipe: Recipe, parts: _Parts) -> list[str]:
     return [
         f"model      {name}, {config.n_layer} layers × {config.n_embd} channels, "
         f"{parts.num_base_parameters:,} parameters",
+        *([f"attention  {_attention_in_words(config)}"] if config.n_attention else []),
         *([f"stored     {parts.base_in_words}"] if parts.base_in_words else []),
         f"trained    {trained:,} parameters ({recipe.adapter.in_words()})",
         f"data       {documents}, {train_tokens:,} tokens ({data.tokenizer}); held out {held_out:,} tokens{rejected}",
@@ -629,6 +647,13 @@ def _headline(recipe: Recipe, parts: _Parts) -> list[str]:
         *([f"ranks      {_ranks_in_words(recipe, parts.engine)}"] if parts.engine.ranks.size > 1 else []),
         f"folder     {recipe.run.folder}",
     ]
+
+
+def _attention_in_words(config: FinchConfig) -> str:
+    each = cache_bytes(config, rows=1, num_tokens=1)
+    last = "the last layer attends" if config.n_attention == 1 else f"the last {config.n_attention} layers attend"
+    layers = last if config.n_recurrent else "all layers attend"
+    return f"{layers}; {each:,} bytes of every token are cached, and as much for the gradient"
 
 
 def _ranks_in_words(recipe: Recipe, engine: FabricEngine) -> str:

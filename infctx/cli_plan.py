@@ -103,8 +103,8 @@ def _device(name: str | None, memory: str | None) -> DeviceSpec:
 
 
 def _room(recipe: Recipe, spec: DeviceSpec, host_memory: str | None, disk: str | None) -> Room:
+    from infctx.free_memory import free_host_bytes
     from infctx.planning.devices import Room, free_disk_bytes
-    from infctx.training.boundary_store import free_host_bytes
 
     host = free_host_bytes() if host_memory is None else _bytes_of("--host-memory", host_memory)
     if spec.kind == "cpu" and host_memory is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from infctx.generation.cache_room import check_cache_room
 from infctx.generation.reading import Reading, TokenArray, read_tokens
 from infctx.generation.row import Row, Voice, Wish, copied
 from infctx.model.state import ModelState
@@ -40,7 +41,12 @@ def write_texts(
         before: what every prompt follows; None = each is a document of its own.
     Yields:
         The number of a prompt and its row, when it has ended.
+    Raises:
+        InfctxError: see `check_cache_room`; before anything is read.
     """
+    longest = max((len(prompt.tokens) for prompt in prompts), default=0)
+    cached = 0 if before is None else before.state.num_cached
+    check_cache_room(voice.model, cached + longest, num_cached=cached, rows=min(num_rows, len(prompts)))
     waiting = iter(enumerate(prompts))
     active: list[_Active] = []
     state: ModelState | None = None

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from infctx.generation.cache_room import check_cache_room
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 
@@ -64,8 +65,12 @@ def read_chunks(
         chunk_tokens: read at once.
     Yields:
         The place behind each chunk.
+    Raises:
+        InfctxError: see `check_cache_room`; before anything is read.
     """
     assert len(tokens) > 0
+    num_cached = 0 if before is None else before.state.num_cached
+    check_cache_room(model, num_cached + len(tokens), num_cached=num_cached)
     device = model.embedding.weight.device
     with torch.inference_mode():
         state = model.fresh_state(1) if before is None else before.state

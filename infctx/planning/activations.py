@@ -33,7 +33,8 @@ class ActivationBytes:
     shared: part of a recomputed block that is kept before it, too. embedding: kept in front of the blocks. last_norm:
     kept behind them. hidden: one activation of all channels. at_product, at_square: what the backward pass of a block
     holds beyond what was kept, while it multiplies with the wide matrix and while it goes through the squared ReLU.
-    cached: kept once for all layers that attend, of what they cache.
+    cached: kept once for all layers that attend, of what they cache. behind_attention: kept by the last block behind
+    its attention, which is free by the time the backward pass is there.
     """
 
     blocks: tuple[int, ...]
@@ -45,6 +46,7 @@ class ActivationBytes:
     at_product: int
     at_square: int
     cached: int = 0
+    behind_attention: int = 0
 
     @property
     def kept(self) -> int:
@@ -110,6 +112,7 @@ def activation_bytes_per_token(model: Finch, *, hidden_bytes: int, device: Devic
         at_product=max(at_product for at_product, _ in working),
         at_square=max(at_square for _, at_square in working),
         cached=_cached_bytes(model, kept_as),
+        behind_attention=norm + _behind_attention(model, kept_as) if config.n_attention else 0,
     )
 
 
@@ -160,3 +163,11 @@ def _cached_bytes(model: Finch, kept_as: _KeptAs) -> int:
     is_kept = kept_by_product(model.token_cat.compress, keeps_inputs=kept_as.keeps_inputs)
     # The next norm keeps it as well, but perhaps in another dtype.
     return _PLACE_BYTES + own + (is_kept * kept_as.hidden if kept_as.normed != kept_as.hidden else 0)
+
+
+def _behind_attention(model: Finch, kept_as: _KeptAs) -> int:
+    """Of the last block: the channel mix, and what the output's product and its norm keep."""
+    config, block, keeps_inputs = model.config, model.blocks[-1], kept_as.keeps_inputs
+    numbers = channel_mix_numbers(block.channel_mix, config, keeps_inputs=keeps_inputs).hidden
+    numbers += kept_by_product(block.time_mix.output, keeps_inputs=keeps_inputs)
+    return numbers * kept_as.hidden + kept_as.shared_norm(config.dim_att)

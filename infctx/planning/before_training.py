@@ -10,6 +10,7 @@ import torch
 
 from infctx.adapters.quantized_base import stored_bytes
 from infctx.errors import RecipeError
+from infctx.free_memory import free_host_bytes
 from infctx.model.finch import Finch
 from infctx.planning.devices import UNCERTAIN_SHARE, Place, Room, free_disk_bytes
 from infctx.planning.from_recipe import Planner
@@ -17,7 +18,6 @@ from infctx.planning.recipe_plan import RecipePlan, Target, short_of
 from infctx.planning.report import gigabytes
 from infctx.planning.settings import FEWER_TRAINED, Settings, settings_that_fit
 from infctx.recipe.schema import Recipe
-from infctx.training.boundary_store import free_host_bytes
 from infctx.training.memory_ladder import SMALLEST_CHUNK_TOKENS
 
 _NAMES: dict[Place, str] = {"device": "device", "host": "host memory", "disk": "disk"}

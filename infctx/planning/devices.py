@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 
 from infctx.errors import RecipeError
+from infctx.free_memory import free_host_bytes
 from infctx.planning.activations import Device
-from infctx.training.boundary_store import free_host_bytes
 from infctx_kernels.linear import linear
 
 Place = Literal["device", "host", "disk"]

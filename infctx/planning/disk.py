@@ -31,11 +31,14 @@ def disk_bytes(recipe: Recipe, model: Finch, chunk: ChunkPlan, *, one_state: int
     checkpoint = weights + moment_bytes_of(trained, Spread(), optimizer, "cpu")
     if recipe.optimizer.ema_decay is not None:
         checkpoint += weights
-    rows_states = recipe.run.accumulate * one_state * spread.groups
+    one_cache = chunk.cache.vectors(model.config, chunk.rows)
+    rows_states = (recipe.run.accumulate * one_state + one_cache) * spread.groups
     if recipe.data.mode == "stream":
         checkpoint += rows_states
     held = 2 * math.isqrt(chunk.boundary_states) + _STATES_UNDER_WAY
-    under_way = weights + held * one_state * spread.ranks + rows_states
+    under_way = (
+        weights + (held * one_state + chunk.cache.gradient(model.config, chunk.rows)) * spread.ranks + rows_states
+    )
     parts = {
         "checkpoints kept": recipe.run.keep_checkpoints * checkpoint,
         "checkpoint being written": checkpoint + under_way,

@@ -13,6 +13,7 @@ from infctx.errors import RecipeError
 from infctx.model.config import FinchConfig
 from infctx.model.finch import Finch
 from infctx.planning.activations import Device, activation_bytes_per_token
+from infctx.planning.attention_memory import CachePlan
 from infctx.planning.disk import disk_bytes
 from infctx.planning.memory import ChunkPlan, MemoryPlan, OptimizerPlan, plan_memory, with_boundaries
 from infctx.planning.planned_model import planned_model, released_shape, released_shapes
@@ -23,6 +24,7 @@ from infctx.recipe.run_section import SHARDING
 from infctx.recipe.schema import Recipe
 from infctx.training.activation_memory import ACTIVATION_SHARE
 from infctx.training.boundary_store import DEVICE_SHARE, HOST_SHARE, BoundaryPlan
+from infctx.training.cache_place import bytes_with_gradient
 from infctx.training.precision import Precision
 
 # Documents whose time is told.
@@ -91,7 +93,10 @@ class Planner:
     def plan(self, document_tokens: int | None = None) -> RecipePlan:
         """See `plan_recipe`."""
         tokens = document_tokens or self.recipe.data.pack_tokens or USUAL_DOCUMENT_TOKENS
-        chunk = self._placed(_chunk_plan(self.recipe, tokens))
+        chunk = _chunk_plan(self.recipe, tokens)
+        if self.config.n_attention:
+            chunk = replace(chunk, cache=_cache_plan(self.recipe, tokens))
+        chunk = self._placed(chunk)
         memory, memory_again = self._memory(chunk), None
         if not chunk.is_recomputed:
             again = replace(chunk, is_recomputed=True)
@@ -101,7 +106,9 @@ class Planner:
             if self.recipe.bptt.activations == "auto" and (divides or self._recomputes(chunk, memory)):
                 chunk, memory, memory_again = again, memory_again, None
         groups = self.recipe.run.accumulate
-        step_time = self.time_of(self._step_tokens(tokens), chunk)
+        # A stream's step begins in the middle of a document, on average.
+        cached_before = tokens_cached(self.recipe, tokens)[0] // 2
+        step_time = self.time_of(self._step_tokens(tokens), chunk, cached_before=cached_before)
         step_time = replace(
             step_time,
             computing_seconds=groups * step_time.computing_seconds,
@@ -127,9 +134,13 @@ class Planner:
             run_seconds=None if steps is None else steps * step_time.seconds,
         )
 
-    def time_of(self, document_tokens: int, chunk: ChunkPlan) -> TimePlan:
-        """Of a document of this length for each row and group of ranks."""
-        work = _work(self.recipe, chunk, document_tokens)
+    def time_of(self, document_tokens: int, chunk: ChunkPlan, *, cached_before: int = 0) -> TimePlan:
+        """Of a document of this length, or of a part of one, for each row and group of ranks.
+
+        Args:
+            cached_before: tokens before the part, which layers with attention see.
+        """
+        work = _work(self.recipe, chunk, document_tokens, cached_before=cached_before)
         return plan_time(self.model, work, spread=self.spread, machine=self.target.machine, flops=self._flops)
 
     @functools.cached_property
@@ -158,12 +169,15 @@ class Planner:
         return with_boundaries(self._memory_of[alike], chunk, self.target.kind)
 
     def _placed(self, chunk: ChunkPlan) -> ChunkPlan:
-        """The same with boundary states where a run would put them."""
+        """The same with boundary states, and the cache of layers with attention, where a run would put them."""
         room, kind = self.target.room, self.target.kind
+        if kind == "cuda" and room.device is not None and self.config.n_attention:
+            cached = bytes_with_gradient(self.config, rows=chunk.rows, num_tokens=chunk.cache.window_tokens)
+            chunk = replace(chunk, cache=replace(chunk.cache, on_host=cached > DEVICE_SHARE * room.device))
         if room.device is None or self.recipe.bptt.boundaries != "auto":
             return chunk
         config, sharers = self.config, min(self.spread.ranks, self.spread.devices_per_node)
-        numbers = config.n_layer * (config.dim_att * config.head_size + 2 * config.n_embd)
+        numbers = config.n_recurrent * config.dim_att * config.head_size + 2 * config.n_layer * config.n_embd
         needed = chunk.boundary_states * chunk.rows * numbers * 4
         host = room.device if kind == "cpu" else room.host
         if kind == "cuda" and needed <= DEVICE_SHARE * room.device:
@@ -181,9 +195,8 @@ class Planner:
             return False
         hidden_bytes = 2 if model.compute_dtype is not None and model.compute_dtype.itemsize == 2 else 4
         per_token = activation_bytes_per_token(model, hidden_bytes=hidden_bytes, device=self.target.kind)
-        kept = sum(per_token.blocks) + per_token.embedding + per_token.last_norm + per_token.hidden
         stays = sum(memory.device.get(part, 0) for part in (*_STAYS, "runtime"))
-        return kept * chunk.tokens_at_once(self.spread) > ACTIVATION_SHARE * max(0, room - stays)
+        return per_token.kept * chunk.tokens_at_once(self.spread) > ACTIVATION_SHARE * max(0, room - stays)
 
 
 def planned_precision(recipe: Recipe, kind: Device) -> Precision:
@@ -225,7 +238,26 @@ def _chunk_plan(recipe: Recipe, document_tokens: int) -> ChunkPlan:
     )
 
 
-def _work(recipe: Recipe, chunk: ChunkPlan, document_tokens: int) -> Work:
+def _cache_plan(recipe: Recipe, document_tokens: int) -> CachePlan:
+    """Of a row; a stream's rows carry theirs from step to step, before it and behind it."""
+    before, behind = tokens_cached(recipe, document_tokens)
+    waiting = recipe.run.accumulate * (before + behind) - behind if before else 0
+    return CachePlan(window_tokens=behind, kept_tokens=behind + waiting)
+
+
+def tokens_cached(recipe: Recipe, document_tokens: int) -> tuple[int, int]:
+    """Of a row: carried into a step, at most, and there behind its last chunk.
+
+    Args:
+        document_tokens: of the longest document, or the longest row that several are packed into.
+    """
+    bptt = recipe.bptt
+    if recipe.data.mode == "stream" and bptt.window != "document":
+        return document_tokens, document_tokens + bptt.window * bptt.chunk_tokens
+    return 0, document_tokens
+
+
+def _work(recipe: Recipe, chunk: ChunkPlan, document_tokens: int, *, cached_before: int) -> Work:
     return Work(
         document_tokens=document_tokens,
         chunk_tokens=recipe.bptt.chunk_tokens,
@@ -233,4 +265,5 @@ def _work(recipe: Recipe, chunk: ChunkPlan, document_tokens: int) -> Work:
         window=None if recipe.bptt.window == "document" else recipe.bptt.window,
         is_thinned=recipe.bptt.thin_boundaries,
         is_recomputed=chunk.is_recomputed,
+        cached_before=cached_before,
     )

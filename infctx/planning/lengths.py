@@ -54,11 +54,13 @@ def plans_by_length(planner: Planner) -> list[LengthPlan]:
 
 
 def longest_document(planner: Planner, plan: RecipePlan) -> Longest:
-    """How long a document may be; only the states at the chunk borders grow with it.
+    """How long a document may be; only the states at the chunk borders grow with it, and what attention has cached.
 
     Args:
         plan: of any length, by the same planner.
     """
+    if planner.config.n_attention:
+        return _longest_with_cache(planner)
     bptt, room, kind = planner.recipe.bptt, planner.target.room, planner.target.kind
     if bptt.window != "document":
         return Longest(tokens=None, bound=None, by_place={})
@@ -76,6 +78,24 @@ def longest_document(planner: Planner, plan: RecipePlan) -> Longest:
         return Longest(tokens=None, bound=None, by_place={})
     bound = max(by_place, key=lambda place: by_place[place])
     return Longest(tokens=by_place[bound], bound=bound, by_place=by_place)
+
+
+def _longest_with_cache(planner: Planner) -> Longest:
+    """By trying: where the cache is follows from its size."""
+    chunk = planner.recipe.bptt.chunk_tokens
+
+    def short(num_chunks: int) -> list[Place]:
+        return short_of(planner.plan(num_chunks * chunk).needs, planner.target.room)
+
+    fitting, too_long = 0, LENGTHS[-1] // chunk + 1
+    if not short(too_long):
+        # Longer ones than anybody has are not looked for.
+        return Longest(tokens=None, bound=None, by_place={})
+    while too_long - fitting > 1:
+        middle = (fitting + too_long) // 2
+        fitting, too_long = (fitting, middle) if short(middle) else (middle, too_long)
+    bound = short(too_long)[0]
+    return Longest(tokens=fitting * chunk, bound=bound, by_place={bound: fitting * chunk} if fitting else {})
 
 
 def _places(planner: Planner) -> tuple[Place, ...]:

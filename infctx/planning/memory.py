@@ -17,6 +17,7 @@ from torch import nn
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.planning.activations import Device, activation_bytes_per_token
+from infctx.planning.attention_memory import CachePlan
 from infctx.planning.spread import Spread
 from infctx.planning.working_memory import Communication, Phase, busy_phases
 from infctx.training.boundary_store import BLOCK_BYTES, Where, state_bytes
@@ -30,6 +31,8 @@ RUNTIME_BYTES = 750_000_000
 LIVE_STATES = 6
 BOUNDARIES = "boundary states"
 UPDATE = "update of the weights"
+CACHE = "cache of the tokens"
+CACHE_GRADIENT = "gradient of the cache"
 # DeepSpeed's own setting: what ZeRO-3 keeps gathered.
 MOST_GATHERED_ELEMENTS = 1_000_000_000
 
@@ -39,7 +42,7 @@ class ChunkPlan:
     """What a rank computes at once.
 
     chunk_tokens: of all ranks that share it. rows: at once. boundary_states: kept at the same time. is_recomputed:
-    whether layers are run again in the backward pass.
+    whether layers are run again in the backward pass. cache: of layers with attention.
     """
 
     chunk_tokens: int
@@ -47,6 +50,7 @@ class ChunkPlan:
     boundary_states: int = 1
     boundaries: Where = "device"
     is_recomputed: bool = False
+    cache: CachePlan = CachePlan()  # noqa: RUF009 (frozen)
 
     def tokens_at_once(self, spread: Spread) -> int:
         """Tokens of all rows in the longest slice of a chunk."""
@@ -124,6 +128,12 @@ def plan_memory(
         "working memory": phase.working,
         "communication buckets": phase.sent,
     }
+    if model.config.n_attention:
+        cache, is_here = chunk.cache, device == "cpu" or not chunk.cache.on_host
+        sums = phase.cache if is_here else cache.sums(model.config, chunk.rows)
+        place = on_device if is_here else on_host
+        place[CACHE] = cache.vectors(model.config, chunk.rows)
+        place[CACHE_GRADIENT] = cache.gradient(model.config, chunk.rows) + sums
     one_state = state_bytes(ModelState.zeros(model.config, chunk.rows, dtype=torch.float32, device="meta"))
     on_device["states of the chunk"] = LIVE_STATES * one_state
     on_device["runtime"] = RUNTIME_BYTES if device == "cuda" else 0
@@ -239,7 +249,7 @@ def _communication(model: Finch, spread: Spread, device: Device) -> Communicatio
     )
 
 
-def _phases(model: Finch, chunk: ChunkPlan, spread: Spread, device: Device) -> tuple[Phase, Phase]:
+def _phases(model: Finch, chunk: ChunkPlan, spread: Spread, device: Device) -> tuple[Phase, ...]:
     hidden_bytes = torch.finfo(model.compute_dtype or model.embedding.weight.dtype).bits // 8
     per_token = activation_bytes_per_token(model, hidden_bytes=hidden_bytes, device=device)
     return busy_phases(
@@ -252,6 +262,9 @@ def _phases(model: Finch, chunk: ChunkPlan, spread: Spread, device: Device) -> t
         has_fused_loss=spread.strategy != "deepspeed_3" and not hasattr(model.head, "base_layer"),
         device=device,
         communication=_communication(model, spread, device),
+        rows=chunk.rows,
+        # A CPU has no other memory.
+        cache=replace(chunk.cache, on_host=chunk.cache.on_host and device != "cpu"),
     )
 
 
@@ -277,5 +290,5 @@ def _two_largest(model: Finch, measure: Callable[[Iterable[nn.Parameter]], int])
 
 def _root_bytes(model: Finch, measure: Callable[[Iterable[nn.Parameter]], int]) -> int:
     """Of what is in no block."""
-    parts = (model.embedding, model.input_norm, model.output_norm, model.head)
-    return sum(measure(part.parameters()) for part in parts)
+    parts = (model.embedding, model.input_norm, model.output_norm, model.head, model.token_cat)
+    return sum(measure(part.parameters()) for part in parts if part is not None)

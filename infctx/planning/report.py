@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 from infctx.planning.devices import UNCERTAIN_SHARE, DeviceSpec, Place
 from infctx.planning.lengths import LengthPlan, Longest
+from infctx.planning.memory import CACHE
 from infctx.planning.probe import Probe
 from infctx.planning.recipe_plan import RecipePlan, short_of
 from infctx.planning.settings import FEWER_TRAINED, ORDER, Fitting
 from infctx.surgery.info import released_name
+from infctx.training.cache_place import cache_bytes
 
 WIDTH = 80
 # Resident in a process that has imported what a run imports: 586 MB measured on Linux, with torch for CPUs.
@@ -61,7 +63,14 @@ def _headline(report: Report) -> list[str]:
         f"chunk      {plan.chunk.tokens_at_once(spread):,} tokens at once, activations {activations}",
         f"documents  {plan.document_tokens:,} tokens; {plan.chunk.boundary_states:,} boundary states, "
         f"{gigabytes(plan.memory.one_state)} each",
+        *([f"cache      {_cache_in_words(plan)}"] if config.n_attention else []),
     ]
+
+
+def _cache_in_words(plan: RecipePlan) -> str:
+    each = cache_bytes(plan.config, rows=1, num_tokens=1)
+    place = "host memory" if plan.chunk.cache.on_host else "memory" if plan.target.kind == "cpu" else "the device"
+    return f"{each:,} bytes of each token, and as much for the gradient, in {place}".replace("in the d", "on the d")
 
 
 def device_in_words(device: DeviceSpec, plan: RecipePlan) -> str:
@@ -89,7 +98,8 @@ def _table(plan: RecipePlan) -> list[str]:
     lines = [f"{'of each rank':<30}" + "".join(f"{title:>14}" for title in titles)]
     for part in parts:
         cells = [gigabytes(columns[place][part]) if part in columns[place] else "" for place in places]
-        lines.append(f"  {part:<28}" + "".join(f"{cell:>14}" for cell in cells).rstrip())
+        label = f"cache of {plan.chunk.cache.window_tokens:,} tokens" if part == CACHE else part
+        lines.append(f"  {label:<28}" + "".join(f"{cell:>14}" for cell in cells).rstrip())
     sums = [gigabytes(sum(columns[place].values())) for place in places]
     lines.append(f"  {'together':<28}" + "".join(f"{cell:>14}" for cell in sums))
     if plan.sharers > 1 and plan.needs != plan.target.room:
@@ -165,6 +175,8 @@ def _length_lines(report: Report) -> list[str]:
 
 def _longest_in_words(report: Report) -> str:
     longest, is_cpu = report.longest, report.plan.target.kind == "cpu"
+    if report.plan.config.n_attention:
+        return _longest_with_cache_in_words(report)
     if report.plan.chunk.boundary_states <= 1 or (longest.tokens is None and not longest.by_place):
         return "The longest document: any. The window does not grow with it, and nothing else does."
     if longest.tokens == 0 and not longest.by_place:
@@ -174,6 +186,18 @@ def _longest_in_words(report: Report) -> str:
     return (
         f"The longest document: {longest.tokens:,} tokens, bounded by {_IN_WORDS[longest.bound or 'device']}. Nothing "
         f"grows with it but the states between chunks: {each}."
+    )
+
+
+def _longest_with_cache_in_words(report: Report) -> str:
+    longest = report.longest
+    grows = "With it grows what its layers with attention have cached, also where a window of chunks is short"
+    if longest.tokens is None:
+        return f"The longest document: beyond {report.lengths[-1].tokens:,} tokens. {grows}."
+    if longest.tokens == 0:
+        return f"The longest document: none, for there is too little of {_IN_WORDS[longest.bound or 'device']}."
+    return (
+        f"The longest document: {longest.tokens:,} tokens, bounded by {_IN_WORDS[longest.bound or 'device']}. {grows}."
     )
 
 
@@ -193,7 +217,20 @@ def _time_in_words(report: Report) -> str:
     run = "" if plan.run_seconds is None else f", the run {duration(plan.run_seconds)}"
     return (
         f"A step of {plan.step_time.documents:,} × {plan.step_tokens:,} tokens takes about {duration(step)}{run}, "
-        f"{source}. How long the documents are says --tokens: they are not read."
+        f"{source}. How long the documents are says --tokens: they are not read.{_attention_in_words(report)}"
+    )
+
+
+def _attention_in_words(report: Report) -> str:
+    """What grows with the square of a document."""
+    plan = report.plan
+    if not plan.config.n_attention:
+        return ""
+    again = ", whose keys are made again for every chunk," if plan.config.version == "goldfinch" else ""
+    longest = max(plan.times)
+    return (
+        f" Attention{again} is {plan.step_time.attention_share:.0%} of that arithmetic, and with documents of "
+        f"{longest:,} tokens {plan.times[longest].attention_share:.0%}: it grows with the square of the length."
     )
 
 

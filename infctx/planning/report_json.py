@@ -8,6 +8,7 @@ from typing import Any
 from infctx.planning.recipe_plan import RecipePlan, short_of
 from infctx.planning.report import Report, command
 from infctx.planning.settings import ORDER
+from infctx.training.cache_place import cache_bytes
 
 
 def report_as_json(report: Report) -> dict[str, Any]:
@@ -34,6 +35,7 @@ def report_as_json(report: Report) -> dict[str, Any]:
         "boundaries": plan.chunk.boundaries,
         "boundary_states": plan.chunk.boundary_states,
         "boundary_state_bytes": plan.memory.one_state,
+        "cache": _cache(plan),
         "device_bytes_if_recomputed": plan.memory_if_recomputed.device_bytes if plan.memory_if_recomputed else None,
         "parameters": plan.num_parameters,
         "trained": plan.num_trained,
@@ -64,6 +66,20 @@ def report_as_json(report: Report) -> dict[str, Any]:
         "assumed": plan.target.machine.assumptions(),
         "measured_on_a_gpu": report.probe is not None and report.probe.device != "cpu",
         "measured": None if report.probe is None else report.probe.as_json(),
+    }
+
+
+def _cache(plan: RecipePlan) -> dict[str, Any] | None:
+    """Of layers with attention; None where there are none."""
+    config, chunk = plan.config, plan.chunk
+    if not config.n_attention:
+        return None
+    return {
+        "tokens": chunk.cache.window_tokens,
+        "bytes_per_token": cache_bytes(config, rows=1, num_tokens=1),
+        "bytes": chunk.cache.vectors(config, chunk.rows),
+        "place": "host" if chunk.cache.on_host else "device",
+        "attention_share_of_time": plan.step_time.attention_share,
     }
 
 

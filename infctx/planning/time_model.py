@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from infctx.model.config import FinchConfig
-from infctx.model.finch import Block, Finch
+from infctx.model.finch import Finch
+from infctx.model.time_mix import FinchC2TimeMix
 from infctx.planning.activations import is_trained
+from infctx.planning.attention_time import AttentionFlops, Walk, attention_flops
+from infctx.planning.block_activations import matrices_of
 from infctx.planning.spread import Spread
 from infctx.planning.traffic import Message, chunk_messages, step_messages
 
@@ -49,13 +51,17 @@ class Flops:
     """Floating-point operations for one token, a multiplication with its addition as two.
 
     blocks: forward through the blocks, of base and adapter. last_mix: the part of it that sweep 1 leaves out, the last
-    block's channel mix. head: forward through the head. weights: of the gradients of what is trained.
+    block's channel mix; in a GoldFinch GOLD's layers. head: forward through the head. weights: of the gradients of what
+    is trained. attention: what grows with the tokens before, which none of these has. between_blocks: the part of
+    `blocks` that is never run again, what fills GOLD's cache.
     """
 
     blocks: int
     last_mix: int
     head: int
     weights: int
+    attention: AttentionFlops = AttentionFlops()  # noqa: RUF009 (frozen)
+    between_blocks: int = 0
 
     @property
     def model(self) -> int:
@@ -64,7 +70,8 @@ class Flops:
 
     def executed(self, *, sweep_1_share: float, is_recomputed: bool) -> float:
         """The same with sweep 1, through a share of the chunks, and with layers run again."""
-        return self.model + sweep_1_share * (self.blocks - self.last_mix) + (self.blocks if is_recomputed else 0)
+        again = self.blocks - self.between_blocks if is_recomputed else 0
+        return self.model + sweep_1_share * (self.blocks - self.last_mix) + again
 
 
 def flops_per_token(model: Finch) -> Flops:
@@ -72,28 +79,43 @@ def flops_per_token(model: Finch) -> Flops:
 
     The recurrence counts as blocks of 64 tokens: 256 multiplications for each channel and layer.
     """
-    blocks = [_block_products(block, model.config) for block in model.blocks]
+    blocks = [_block_products(block) for block in model.blocks]
     head_forward, head_weights = _products(model.head)
-    recurrence = 2 * 256 * model.config.dim_att * model.config.n_layer
+    config = model.config
+    recurrence = 2 * 256 * config.dim_att * config.n_recurrent
+    compress = (0, 0) if model.token_cat is None else _products(model.token_cat.compress)
     last = model.blocks[-1].channel_mix
+    last_mix = 2 * sum(_products(matrix)[0] for matrix in (last.key, last.receptance, last.value))
+    of_attention = 2 * sum(forward for forward, _ in blocks[config.n_recurrent :])
+    if config.n_attention:
+        # Sweep 1 fills GOLD's cache alone, and takes GPTAlpha's layers as they are.
+        last_mix = 0 if model.token_cat is None else of_attention
     return Flops(
-        blocks=2 * sum(forward for forward, _ in blocks) + recurrence,
-        last_mix=2 * sum(_products(matrix)[0] for matrix in (last.key, last.receptance, last.value)),
+        blocks=2 * (sum(forward for forward, _ in blocks) + compress[0]) + recurrence,
+        last_mix=last_mix,
         head=2 * head_forward,
-        weights=2 * (sum(weights for _, weights in blocks) + head_weights),
+        weights=2 * (sum(weights for _, weights in blocks) + compress[1] + head_weights),
+        attention=attention_flops(model, of_layers=of_attention) if config.n_attention else AttentionFlops(),
+        between_blocks=2 * compress[0],
     )
 
 
-def _block_products(block: Block, config: FinchConfig) -> tuple[int, int]:
-    """Multiplications of a token: forward, and in the gradients of trained weights."""
+# Low-rank pairs that are no modules, as far as a kind of block has them.
+_LOOSE = tuple(f"{name}_{way}" for name in ("lerp", "decay", "value2", "lerp_query") for way in ("down", "up"))
+
+
+def _block_products(block: nn.Module) -> tuple[int, int]:
+    """Multiplications of a token: forward, and in the gradients of trained weights. Not those of GOLD's keys."""
     time_mix, mix = block.time_mix, block.channel_mix
-    matrices = [time_mix.receptance, time_mix.key, time_mix.value, time_mix.gate, time_mix.output]
-    pairs = [_products(matrix) for matrix in (*matrices, mix.key, mix.receptance, mix.value)]
+    matrices = [*matrices_of(time_mix), mix.key, mix.receptance, mix.value]
+    if isinstance(time_mix, FinchC2TimeMix):
+        # The second value.
+        matrices.append(time_mix.value)
+    pairs = [_products(matrix) for matrix in matrices]
     forward, weights = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
-    if config.version == "6":
-        for loose in (time_mix.lerp_down, time_mix.lerp_up, time_mix.decay_down, time_mix.decay_up):
-            forward += loose.numel()
-            weights += loose.numel() if loose.requires_grad else 0
+    for loose in (getattr(time_mix, name) for name in _LOOSE if hasattr(time_mix, name)):
+        forward += loose.numel()
+        weights += loose.numel() if loose.requires_grad else 0
     return forward, weights
 
 
@@ -115,7 +137,8 @@ class Work:
     document_tokens: of each document; every group of ranks that share chunks takes one. chunk_tokens: of a chunk, all
     its slices together. rows: at once. window: chunks whose borders the gradient crosses, None = all; but for the last
     of a window they are run once more without it. is_thinned: and once more for the states that were not kept.
-    is_recomputed: layers are run again in the backward pass.
+    is_recomputed: layers are run again in the backward pass. cached_before: tokens before the document's first here,
+    that layers with attention see.
     """
 
     document_tokens: int
@@ -124,11 +147,23 @@ class Work:
     window: int | None = None
     is_thinned: bool = False
     is_recomputed: bool = False
+    cached_before: int = 0
 
     @property
     def num_chunks(self) -> int:
         """Of the document."""
         return -(-self.document_tokens // self.chunk_tokens)
+
+    @property
+    def walk(self) -> Walk:
+        """Its chunks as attention sees them."""
+        return Walk(
+            document_tokens=self.document_tokens,
+            chunk_tokens=min(self.chunk_tokens, self.document_tokens),
+            cached_before=self.cached_before,
+            window=self.window,
+            sweeps=1 + self.is_thinned,
+        )
 
     @property
     def sweep_1_chunks(self) -> int:
@@ -143,6 +178,7 @@ class TimePlan:
 
     computing: arithmetic of the busiest rank. waiting: for messages that it does not hide. documents: of the step.
     tokens_per_second: of all ranks. efficiency: of that, against as many single devices that wait for nothing.
+    attention_share: of the arithmetic, what grows with the tokens before each chunk; 0 without attention.
     """
 
     computing_seconds: float
@@ -151,6 +187,7 @@ class TimePlan:
     tokens_per_second: float
     efficiency: float
     received_bytes: int
+    attention_share: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -174,6 +211,8 @@ def plan_time(model: Finch, work: Work, *, spread: Spread, machine: Machine, flo
     """
     flops = flops or flops_per_token(model)
     per_token = flops.executed(sweep_1_share=work.sweep_1_chunks / work.num_chunks, is_recomputed=work.is_recomputed)
+    attention = flops.attention.of_document(work.walk, is_recomputed=work.is_recomputed) / work.document_tokens
+    per_token += attention
     # The rank with the longest slices.
     rank_tokens = work.rows * -(-work.document_tokens // spread.time_parallel)
     computing = per_token * rank_tokens / machine.flops_per_second
@@ -203,6 +242,7 @@ def plan_time(model: Finch, work: Work, *, spread: Spread, machine: Machine, flo
         documents=documents,
         tokens_per_second=tokens / (computing + waiting),
         efficiency=alone / (computing + waiting),
+        attention_share=attention / per_token,
         received_bytes=sum(message.received_bytes * message.count for message in messages)
         + sum(message.received_bytes for message in step_messages(model, spread)),
     )

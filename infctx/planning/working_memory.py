@@ -1,12 +1,13 @@
 """What a chunk's forward and backward pass hold at their busiest moment, beside what stays from chunk to chunk.
 
 Two moments can be it: the loss, when the graph of all blocks is complete, and the start of the backward pass through
-the last block (where layers are recomputed: with that block's graph made again).
+the last block (where layers are recomputed: with that block's graph made again). In a model with attention also that of
+the last layer's attention, and the one when all layers have added to the gradient of the cache.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -14,24 +15,27 @@ from infctx.model.bitsandbytes_linear import BnbInt8Linear
 from infctx.model.finch import Finch
 from infctx.model.quantized_linear import Int8Linear, QuantizedLinear
 from infctx.planning.activations import ActivationBytes, Device, is_trained
+from infctx.planning.attention_memory import CachePlan, attention_bytes, chunk_cache_bytes
 from infctx.training.loss import LOGITS_AT_ONCE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Phase:
     """Bytes at one moment. weight_copies: of trained float32 weights in the dtype of the matrix products. gathered:
-    weights of which the rank has a part only, otherwise. sent: gradients on their way."""
+    weights of which the rank has a part only, otherwise. sent: gradients on their way. cache: sums for the gradient of
+    the cache, where that is on the device."""
 
     activations: int
     weight_copies: int
     working: int
     gathered: int
     sent: int
+    cache: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.activations + self.weight_copies + self.working + self.gathered + self.sent
+        return self.activations + self.weight_copies + self.working + self.gathered + self.sent + self.cache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,15 +58,21 @@ def busy_phases(
     has_fused_loss: bool,
     device: Device,
     communication: Communication,
-) -> tuple[Phase, Phase]:
-    """The two moments of a chunk one of which takes most: at the loss, and in the last block's backward pass.
+    rows: int = 1,
+    cache: CachePlan = CachePlan(),  # noqa: B008 (frozen)
+) -> tuple[Phase, ...]:
+    """The moments of a chunk one of which takes most: at the loss, in the last block's backward pass, and with
+    attention in that of its attention, and behind all of that.
 
     Args:
         num_tokens: of all rows that this rank computes at once.
         is_recomputed: whether each block's graph is made again in the backward pass.
         has_fused_loss: whether head and loss are one operator; else the head is called in pieces, each recomputed.
     """
-    blocks = per_token.between * len(per_token.blocks) if is_recomputed else sum(per_token.blocks)
+    kept = per_token.between * len(per_token.blocks) if is_recomputed else sum(per_token.blocks)
+    blocks = kept + per_token.cached
+    if model.config.n_attention:
+        blocks += chunk_cache_bytes(model.config, hidden_bytes)
     copies = [_copies_bytes(block, hidden_bytes) for block in model.blocks]
     at_loss = Phase(
         activations=(per_token.embedding + blocks + per_token.last_norm + per_token.hidden) * num_tokens,
@@ -72,7 +82,9 @@ def busy_phases(
         gathered=communication.gathered_at_loss,
         sent=communication.sent_at_loss,
     )
-    again = max(per_token.blocks) - per_token.shared if is_recomputed else 0
+    # Those that attend are alike.
+    last = per_token.blocks[-1] if model.config.n_attention else max(per_token.blocks)
+    again = last - per_token.shared if is_recomputed else 0
     matrix = _matrix_bytes(model.blocks[-1], hidden_bytes, device=device)
     # The gradient of the residual stream has taken the place of what the loss kept.
     at_block = Phase(
@@ -82,7 +94,21 @@ def busy_phases(
         gathered=communication.gathered_at_block,
         sent=communication.sent_at_block,
     )
-    return at_loss, at_block
+    if not model.config.n_attention:
+        return at_loss, at_block
+    sums = (0, 0) if cache.on_host else (cache.sums(model.config, rows, num_layers=1), cache.sums(model.config, rows))
+    working = attention_bytes(model, cache, num_tokens=num_tokens, rows=rows, hidden_bytes=hidden_bytes)
+    freed = per_token.behind_attention * num_tokens
+    at_attention = replace(at_block, activations=at_block.activations - freed, working=working, cache=sums[0])
+    front = per_token.blocks[: model.config.n_recurrent]
+    left = per_token.between * len(front) + max(front, default=0) if is_recomputed else sum(front)
+    behind = replace(
+        at_block,
+        activations=(per_token.embedding + left + per_token.cached + per_token.hidden) * num_tokens,
+        weight_copies=max(copies) if is_recomputed else sum(copies[: len(front)]),
+        cache=sums[1],
+    )
+    return at_loss, at_block, at_attention, behind
 
 
 def _copies_bytes(block: nn.Module, hidden_bytes: int) -> int:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from infctx.free_memory import free_bytes
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
-from infctx.training.boundary_store import free_bytes
 from infctx.training.step_place import random_state, set_random_state
 
 # Of the memory that is free beside weights, gradient and optimizer: kernels need room to work in, too.

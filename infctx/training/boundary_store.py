@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from infctx.errors import MachineError
+from infctx.free_memory import free_host_bytes
 from infctx.model.state import ModelState
 
 Where = Literal["device", "host", "disk"]
@@ -246,22 +246,6 @@ def choose_store(num_bytes: int, device: torch.device, *, sharers: int = 1) -> W
     if num_bytes <= HOST_SHARE * free_host_bytes() / sharers:
         return "device" if device.type == "cpu" else "host"
     return "disk"
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that could be used on a device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
-
-
-def free_host_bytes() -> int:
-    """Memory that could be used without pushing anything out; what is only cached counts as free where it is known."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def state_bytes(state: ModelState) -> int:

@@ -336,6 +336,8 @@ class _Walk:
             self._set_losses = add_set_losses(self._set_losses, set_losses)
             self._banked_after = before
             self._next -= 1
+            # They would stay until the next chunk has run, with the cache's gradient.
+            del leaves, after, products
         if self._replay is not None:
             self._replay.leave_window()
 

@@ -8,7 +8,7 @@ import torch
 
 from infctx.data.step_source import StepData
 from infctx.errors import MachineError
-from infctx.training.boundary_store import free_host_bytes
+from infctx.free_memory import free_host_bytes
 from infctx.training.run import Done, Run
 
 # Below this a chunk's activations are no longer what fills the memory.

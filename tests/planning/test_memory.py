@@ -6,7 +6,7 @@ Oracles: the tensors themselves. autograd's saved tensors, one by one; the optim
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,9 +15,11 @@ from torch import Tensor
 from infctx.adapters.peft_adapters import attach_lora
 from infctx.adapters.quantized_base import quantize_
 from infctx.data.chunking import Chunk
+from infctx.model import cached_attention
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.planning.activations import activation_bytes_per_token
+from infctx.planning.attention_memory import CachePlan
 from infctx.planning.live_bytes import LiveBytes
 from infctx.planning.memory import ChunkPlan, OptimizerPlan, plan_memory
 from infctx.planning.spread import Spread
@@ -27,6 +29,7 @@ from infctx.training.precision import apply_precision_
 from infctx_kernels import linear as products
 
 ALL_MATRICES = ("receptance", "key", "value", "gate", "output")
+OF_ATTENTION = ("query", "key", "value", "output")
 OF_TIME_MIX = ("time_mix.receptance", "time_mix.key", "time_mix.value", "gate", "output")
 CHUNKS = 3
 
@@ -43,7 +46,8 @@ class Case:
     dropout: float = 0.0
 
     def __str__(self) -> str:
-        trained = "full" if self.targets is None else "lora" if self.targets == ALL_MATRICES else "lora-in-time-mix"
+        names = {None: "full", ALL_MATRICES: "lora", OF_ATTENTION: "lora"}
+        trained = names.get(self.targets, "lora-in-time-mix")
         again = "recomputed" if self.is_recomputed else "kept"
         return "-".join(filter(None, [self.version, trained, self.precision, again, self.quantize]))
 
@@ -124,14 +128,31 @@ CASES = [
     Case(targets=ALL_MATRICES, quantize="int8"),
     Case(version="5.2", is_recomputed=True),
     Case(version="5.2", targets=OF_TIME_MIX, precision="bf16"),
+    Case(version="6c2"),
+    Case(version="6c2", targets=OF_ATTENTION[1:], precision="bf16"),
+    Case(version="goldfinch"),
+    Case(version="goldfinch", precision="bf16", is_recomputed=True),
+    Case(version="goldfinch", targets=OF_ATTENTION, precision="bf16"),
+    Case(version="gptalpha"),
+    Case(version="gptalpha", targets=OF_ATTENTION, precision="bf16", is_recomputed=True),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_planned_peak_is_the_counted_one(make_finch: Callable[..., Finch], case: Case) -> None:
+def test_planned_peak_is_the_counted_one(
+    make_finch: Callable[..., Finch], case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As many as a small model has channels, as in a large one.
+    monkeypatch.setattr(cached_attention, "KEYS_AT_ONCE", 128)
     model, chunk_tokens = small_model(make_finch, case), 192
     counted, _ = take_steps(model, case, chunk_tokens=chunk_tokens)
-    chunk = ChunkPlan(chunk_tokens=chunk_tokens, boundary_states=CHUNKS - 1, is_recomputed=case.is_recomputed)
+    num_tokens = CHUNKS * chunk_tokens
+    chunk = ChunkPlan(
+        chunk_tokens=chunk_tokens,
+        boundary_states=CHUNKS - 1,
+        is_recomputed=case.is_recomputed,
+        cache=CachePlan(window_tokens=num_tokens, kept_tokens=num_tokens),
+    )
     plan = plan_memory(model, chunk, device="cpu")
     # Small states come in blocks of 16 MB, beside which every error would look small.
     block = plan.device["boundary states"]
@@ -180,7 +201,7 @@ def test_saved_tensors_are_those_of_the_formula(make_finch: Callable[..., Finch]
                 saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        chunk, state = chunk_of(model, num_tokens), [tensor.requires_grad_() for tensor in zeros(model)]
+        chunk, state = chunk_of(model, num_tokens), zeros(model).leaves()
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             outputs = objective_of(model, case)(
                 chunk.tokens, chunk.targets, chunk.loss_weight, None, *state, with_loss=True
@@ -190,8 +211,7 @@ def test_saved_tensors_are_those_of_the_formula(make_finch: Callable[..., Finch]
 
     hidden_bytes = 2 if case.precision == "bf16" else 4
     planned = activation_bytes_per_token(model, hidden_bytes=hidden_bytes, device="cpu")
-    kept = planned.embedding + sum(planned.blocks) + planned.last_norm + planned.hidden
-    assert saved_bytes(64) - saved_bytes(32) == 32 * kept
+    assert saved_bytes(64) - saved_bytes(32) == 32 * planned.kept
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw-8bit"])
@@ -274,6 +294,27 @@ def test_offload_leaves_the_device_what_it_computes_with(make_finch: Callable[..
     moved = {"trained weights", "gradients", "optimizer moments"}
     assert offloaded.host == {part: size for part, size in whole.device.items() if part in moved}
     assert offloaded.device == {part: size for part, size in whole.device.items() if part not in moved}
+
+
+def test_the_cache_is_counted_where_it_is(make_finch: Callable[..., Finch]) -> None:
+    model = make_finch("goldfinch")
+    num_tokens, rows, width = 1000, 2, model.config.cache_width
+    cache = CachePlan(window_tokens=num_tokens, kept_tokens=num_tokens)
+    here = plan_memory(model, ChunkPlan(chunk_tokens=8, rows=rows, cache=cache))
+    there = plan_memory(model, ChunkPlan(chunk_tokens=8, rows=rows, cache=replace(cache, on_host=True)))
+    gradient = rows * num_tokens * 4 * width
+    assert here.device["cache of the tokens"] == rows * num_tokens * 4 + gradient
+    assert here.device["gradient of the cache"] >= gradient
+    # With the sums of one chunk, and the copy that autograd makes of them.
+    assert there.host == {
+        "cache of the tokens": rows * num_tokens * 4 + gradient,
+        "gradient of the cache": 3 * gradient,
+    }
+    assert not {"cache of the tokens", "gradient of the cache"} & there.device.keys()
+    # A CPU has no other memory; a model without attention no cache.
+    on_cpu = plan_memory(model, ChunkPlan(chunk_tokens=8, cache=replace(cache, on_host=True)), device="cpu")
+    assert on_cpu.device["cache of the tokens"] == num_tokens * (4 + 4 * width)
+    assert "cache of the tokens" not in plan_memory(make_finch("6c2"), ChunkPlan(chunk_tokens=8)).device
 
 
 def test_live_bytes_counts_each_storage_once() -> None:

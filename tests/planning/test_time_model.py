@@ -33,15 +33,17 @@ def _countable_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def a_model(make_finch: Callable[..., Finch], version: str, trained: str) -> Finch:
-    model = make_finch(version, n_layer=2, n_embd=64, head_size=16, dim_ffn=224, vocab_size=160)
+    layers = 4 if version == "goldfinch" else 2
+    model = make_finch(version, n_layer=layers, n_embd=64, head_size=16, dim_ffn=224, vocab_size=160)
     if trained == "lora":
-        attach_lora(model, rank=4, alpha=8.0, targets=["receptance", "key", "value", "gate", "output"])
+        gate = ["gate"] if version in ("6", "5.2") else []
+        attach_lora(model, rank=4, alpha=8.0, targets=["receptance", "key", "value", "output", *gate])
     else:
         attach_full(model)
     return model.train()
 
 
-@pytest.mark.parametrize("version", ["6", "5.2"])
+@pytest.mark.parametrize("version", ["6", "5.2", "6c2", "goldfinch", "gptalpha"])
 @pytest.mark.parametrize("trained", ["full", "lora"])
 @pytest.mark.parametrize(("window", "is_recomputed"), [(1, False), ("document", False), ("document", True)])
 def test_products_are_those_that_torch_counts(
@@ -61,9 +63,11 @@ def test_products_are_those_that_torch_counts(
     flops = flops_per_token(model)
     sweep_1_share = (CHUNKS - 1) / CHUNKS if window == "document" else 0.0
     # The recurrence is a kernel of its own, which torch does not count: forward, backward, sweep 1, recomputation.
-    recurrence = 2 * 256 * model.config.dim_att * model.config.n_layer
+    recurrence = 2 * 256 * model.config.dim_att * model.config.n_recurrent
     without = dataclasses.replace(flops, blocks=flops.blocks - recurrence)
     expected = without.executed(sweep_1_share=sweep_1_share, is_recomputed=is_recomputed) * CHUNK * CHUNKS
+    work = Work(document_tokens=CHUNK * CHUNKS, chunk_tokens=CHUNK, window=1 if window == 1 else None)
+    expected += flops.attention.of_document(work.walk, is_recomputed=is_recomputed)
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-9)
 
 

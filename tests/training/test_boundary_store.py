@@ -14,10 +14,11 @@ from infctx.assemble import run_recipe
 from infctx.checkpoint.run_state import load_run_state
 from infctx.data.chunking import Chunk
 from infctx.errors import MachineError
+from infctx.free_memory import free_host_bytes
 from infctx.model.finch import Finch
 from infctx.model.state import ModelState
 from infctx.recipe.schema import Recipe
-from infctx.training.boundary_store import Bank, BoundaryPlan, choose_store, free_host_bytes
+from infctx.training.boundary_store import Bank, BoundaryPlan, choose_store
 from infctx.training.bptt import ChunkObjective, backward_through_windows
 from infctx.training.metrics import read_metrics
 from infctx.training.progress import SilentProgress
