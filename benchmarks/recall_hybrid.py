@@ -10,8 +10,8 @@ Both models see the same documents in the same order, with the gradient of the w
 chosen for each model from the task's grid, by the held-out loss on a seed that is not reported.
 
     python benchmarks/recall_hybrid.py                             # stopped, it goes on where it was
-    python benchmarks/recall_hybrid.py --write-dataset datasets/recall
-    python benchmarks/recall_hybrid.py --accuracy runs/recall_goldfinch   # of what recipes/recall_*.yaml trained
+    python benchmarks/recall_hybrid.py --write-dataset datasets/recall_pairs
+    python benchmarks/recall_hybrid.py --accuracy runs/recall_pairs_goldfinch
 """
 
 from __future__ import annotations
@@ -253,10 +253,10 @@ def table(runs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def write_dataset(folder: Path) -> None:
-    """Write the data and the fresh models of recipes/recall_finch.yaml and recipes/recall_goldfinch.yaml."""
+    """Write the data and the fresh models of recipes/recall_pairs_finch.yaml and recall_pairs_goldfinch.yaml."""
     folder.mkdir(parents=True, exist_ok=True)
     task = TASKS["pairs"]
-    write_rows(task.draw(ROWS * task.steps, task.trained_at, 0), folder / "pairs.jsonl")
+    write_rows(task.draw(ROWS * task.steps, task.trained_at, 0), folder / "train.jsonl")
     for name in MODELS:
         path = folder / f"{name}.safetensors"
         save_model(fresh_model(name, seed=0), path, format="safetensors", dtype=torch.bfloat16, tokenizer="bytes")
