@@ -49,9 +49,9 @@ def check_model_spread(recipe: Recipe, config: FinchConfig) -> None:
     """
     if recipe.run.time_parallel > 1 and config.n_attention:
         raise RecipeError(
-            f"run.time_parallel: expected 1, got {recipe.run.time_parallel}: the last {config.n_attention} layers of "
-            f"this {config.name} attend to all tokens before, and ranks that share a chunk do not send each other what "
-            "they cache. More ranks with rows of their own, FSDP and DeepSpeed work."
+            f"run.time_parallel: expected 1, got {recipe.run.time_parallel}: the layers behind the first "
+            f"{config.n_recurrent} of this {config.name} attend to all tokens before, and ranks that share a chunk do "
+            "not send each other what they cache. More ranks with rows of their own, FSDP and DeepSpeed work."
         )
 
 

@@ -65,7 +65,9 @@ def test_attention_over_ranks_that_share_a_chunk_is_refused() -> None:
     sizes = {"n_layer": 6, "n_embd": 64, "vocab_size": 10}
     check_model_spread(make(time_parallel=2), new_config(version="6c2", **sizes))
     check_model_spread(make(), new_config(version="goldfinch", **sizes))
-    with pytest.raises(RecipeError, match=r"time_parallel: expected 1, got 2: the last 2 layers of this GoldFinch"):
+    with pytest.raises(
+        RecipeError, match=r"time_parallel: expected 1, got 2: the layers behind the first 4 of this GoldFinch"
+    ):
         check_model_spread(make(time_parallel=2), new_config(version="goldfinch", **sizes))
 
 
