@@ -90,7 +90,9 @@ class Walk:
         return self.sweeps * pairs, self.sweeps * keys
 
     def _of(self, indices: range, num_tokens: int) -> tuple[int, int]:
-        before = len(indices) * self.cached_before + self.chunk_tokens * sum(indices)
+        # Not one by one: there may be thousands of millions.
+        numbers = len(indices) * (indices[0] + indices[-1]) // 2 if indices else 0
+        before = len(indices) * self.cached_before + self.chunk_tokens * numbers
         return before * num_tokens + len(indices) * own_pairs(num_tokens), before + len(indices) * num_tokens
 
 

@@ -211,7 +211,9 @@ def plan_time(model: Finch, work: Work, *, spread: Spread, machine: Machine, flo
     """
     flops = flops or flops_per_token(model)
     per_token = flops.executed(sweep_1_share=work.sweep_1_chunks / work.num_chunks, is_recomputed=work.is_recomputed)
-    attention = flops.attention.of_document(work.walk, is_recomputed=work.is_recomputed) / work.document_tokens
+    attention = 0.0
+    if model.config.n_attention:
+        attention = flops.attention.of_document(work.walk, is_recomputed=work.is_recomputed) / work.document_tokens
     per_token += attention
     # The rank with the longest slices.
     rank_tokens = work.rows * -(-work.document_tokens // spread.time_parallel)
