@@ -299,7 +299,15 @@ class Finch(nn.Module):
 
         States, and their gradients, are those of the whole chunk on every rank; a rank's gradients of the parameters
         are its slice's part.
+
+        Raises:
+            ValueError: a model with attention, whose layers would see their own slice alone.
         """
+        if group is not None and self.config.n_attention:
+            raise ValueError(
+                f"time group: the last {self.config.n_attention} of the {self.config.n_layer} layers of a "
+                f"{self.config.name} attend, and ranks do not send each other what they cache; give each whole chunks"
+            )
         for block in self.blocks:
             block.time_mix.time_group = group
             block.channel_mix.time_group = group

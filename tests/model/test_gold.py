@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +11,11 @@ from torch import Tensor, nn
 
 from infctx.model import cached_attention
 from infctx.model.config import FinchConfig
+from infctx.model.finch import Finch
 from infctx.model.gold import CachedKeys, GoldTimeMix, TokenCat
 from infctx.model.layer_norm import LayerNorm
 from infctx.model.seen_tokens import SeenTokens, mark_starts
+from infctx.model.time_parallel import TimeGroup
 
 ROWS, TOKENS, CHANNELS, HEADS, SIZE, LERP_RANK, CACHE_RANK = 2, 23, 16, 2, 8, 3, 2
 STARTS = ((0, 14), (0, 5, 19))
@@ -142,3 +146,12 @@ def test_chunks_are_the_documents_alone(lengths: list[int], uses_rope: bool, mon
             assert ours.abs().max() < 1e-12
             continue
         assert float((ours - theirs).norm()) <= 1e-12 * float(theirs.norm()), name
+
+
+def test_a_slice_of_a_chunk_is_refused(make_finch: Callable[..., Finch]) -> None:
+    """Its queries would see their own slice alone."""
+    group = TimeGroup(None, rank=0, size=2)
+    with pytest.raises(ValueError, match="the last 1 of the 3 layers of a GoldFinch attend"):
+        make_finch("goldfinch").use_time_group(group)
+    make_finch("6c2").use_time_group(group)
+    make_finch("goldfinch").use_time_group(None)
