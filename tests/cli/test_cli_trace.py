@@ -69,7 +69,7 @@ def borders_by_autograd(
     model.zero_grad()
     loss.backward()
     norms = {
-        chunk: {name: float(tensor.grad.norm()) for name, tensor in zip(at._fields, at, strict=True)}
+        chunk: {name: float(tensor.grad.norm()) for name, tensor in zip(at.fields, at, strict=True)}
         for chunk, at in kept.items()
     }
     return loss.item(), norms
@@ -166,7 +166,7 @@ def test_norms_inside_the_model(trace: Callable[..., Any]) -> None:
     assert seen["layer_norms"] == pytest.approx(norms, rel=CLOSE)
     assert seen["head_input_norm"] == pytest.approx(head_input, rel=CLOSE)
     for told, state in ((seen["state_before_chunk"], before), (seen["state_behind_chunk"], behind)):
-        for name, tensor in zip(state._fields, state, strict=True):
+        for name, tensor in zip(state.fields, state, strict=True):
             assert told[name] == pytest.approx(float(tensor.norm()), rel=CLOSE)
     assert 0 < seen["wkv6"]["smallest_decay"] <= seen["wkv6"]["largest_decay"] < 1
 

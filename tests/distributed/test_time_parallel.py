@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infctx.model.finch import Finch
-from infctx.model.state import ModelState
+from infctx.model.state import RECURRENT_FIELDS, ModelState
 from infctx.model.time_parallel import Gathering, TimeGroup, bytes_per_chunk
 from infctx_kernels.wkv6.reference import wkv6_reference
 
@@ -111,9 +111,9 @@ def errors_of(case: Any, ranks: list[dict[str, Any]], expected: dict[str, Any]) 
     """By name, of everything that a gradient through chunks gives."""
     mine = [rank[case.name] for rank in ranks]
     errors = {"loss": error(sum(rank["loss"] for rank in mine), expected["loss"])}
-    for name, own, other in zip(ModelState._fields, mine[0]["states"], expected["states"], strict=True):
+    for name, own, other in zip(RECURRENT_FIELDS, mine[0]["states"], expected["states"], strict=True):
         errors[f"{name} behind"] = error(own, other)
-    pairs = zip(ModelState._fields, mine[0]["initial_gradients"], expected["initial_gradients"], strict=True)
+    pairs = zip(RECURRENT_FIELDS, mine[0]["initial_gradients"], expected["initial_gradients"], strict=True)
     errors |= {f"gradient of {name} before": error(own, other) for name, own, other in pairs}
     for name, other in expected["gradients"].items():
         errors[name] = error(sum(rank["gradients"][name] for rank in mine), other)
