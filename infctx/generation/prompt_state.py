@@ -137,7 +137,9 @@ def read_prompt_state(path: Path, *, reader: Reader, config: FinchConfig, device
 
 def in_dtype(reading: Reading, *, state: torch.dtype, logits: torch.dtype) -> Reading:
     """The same place for a model whose states and logits have other dtypes."""
-    converted = ModelState(*(part.to(state) if part.is_floating_point() else part for part in reading.state))
+    # What is cached of a token has as many bytes as the model computes with, which is how its logits come.
+    cache = (part.to(logits) if part.is_floating_point() else part for part in reading.state.cache)
+    converted = ModelState(*(part.to(state) for part in reading.state.recurrent), *cache)
     return replace(reading, state=converted, logits=reading.logits.to(logits))
 
 
